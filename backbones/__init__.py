@@ -1,0 +1,1 @@
+"""Architectures: one family, one file. Importing this package registers the families with timm."""

@@ -1,0 +1,10 @@
+"""Arithmetic of the library: functions of tensors that know nothing of models.
+
+Every op runs on any device through PyTorch and on GPUs through Triton. ``explain`` says which implementation a call
+would use and why the others were passed over; ``use_backend`` (or the environment variable ``SUBQUAD_BACKEND``) picks one.
+"""
+
+from subquad.ops._dispatch import Explanation, explain, use_backend
+from subquad.ops.selective_scan import selective_scan
+
+__all__ = ["Explanation", "explain", "selective_scan", "use_backend"]

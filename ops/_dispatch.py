@@ -1,0 +1,143 @@
+"""Which implementation of an op runs, and why: the only place that decides.
+
+An op registers a table of implementations in order of preference. Each says what it does not support; the first that
+supports a call wins. An implementation that was asked for by name but cannot serve the call is an error with its reason,
+never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+_ENVIRONMENT_VARIABLE = "SUBQUAD_BACKEND"
+# Of the whole process, not of a thread: autograd runs the backward pass of a GPU in a thread of its own.
+_override: str | None = None
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op.
+
+    Attributes:
+        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"`` or ``"reference"``.
+        why_not: given the op's canonical call, the reason why it cannot serve it, or None if it can.
+        load: returns the module with the implementation (imported on first use: triton is optional).
+    """
+
+    name: str
+    why_not: Callable[[Any], str | None]
+    load: Callable[[], Any]
+
+
+class _Op(NamedTuple):
+    prepare: Callable[..., Any]
+    implementations: tuple[Implementation, ...]
+
+
+class Explanation(NamedTuple):
+    """What ``explain`` found.
+
+    Attributes:
+        op: name of the op.
+        chosen: the implementation that the call would run, or None if none can.
+        passed_over: for every other implementation tried, the reason why it does not run.
+    """
+
+    op: str
+    chosen: str | None
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no implementation'}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+_ops: dict[str, _Op] = {}
+
+
+def register(op: str, prepare: Callable[..., Any], implementations: tuple[Implementation, ...]) -> None:
+    """Enter an op: ``prepare`` turns the public arguments into the canonical call that implementations judge."""
+    _ops[op] = _Op(prepare, implementations)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` block on the implementation ``name``, in all threads of the process.
+
+    Args:
+        name: ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for an unknown name here; for a call that the implementation cannot serve, at that call.
+    """
+    global _override
+    previous, _override = _override, _known(name, "use_backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def requested() -> str | None:
+    """The implementation asked for by ``use_backend`` or the environment, or None.
+
+    Raises:
+        ValueError: if the environment variable names none that exists.
+    """
+    if _override is not None:
+        return _override
+    name = os.environ.get(_ENVIRONMENT_VARIABLE)
+    return _known(name, _ENVIRONMENT_VARIABLE) if name else None
+
+
+def choose(op: str, call: Any) -> Any:
+    """The implementation module that serves ``call``.
+
+    Raises:
+        ValueError: if the implementation asked for, or none at all, supports the call.
+    """
+    explanation, implementation = _judge(op, call)
+    if implementation is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.passed_over.items())
+        raise ValueError(f"{op}: no implementation can serve this call ({reasons})")
+    return implementation.load()
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation ``op(*args, **kwargs)`` would run, with the reason for each one that was passed over.
+
+    Args:
+        op: a public op (``subquad.ops.selective_scan``) or its name.
+
+    Raises:
+        ValueError: for an unknown op, and for arguments that the op itself would refuse.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _ops:
+        raise ValueError(f"explain: unknown op {name!r}, expected one of {sorted(_ops)}")
+    return _judge(name, _ops[name].prepare(*args, **kwargs))[0]
+
+
+def _judge(op: str, call: Any) -> tuple[Explanation, Implementation | None]:
+    implementations = _ops[op].implementations
+    name = requested()
+    passed_over: dict[str, str] = {}
+    for implementation in implementations:
+        if name and implementation.name != name:
+            passed_over[implementation.name] = f"{name!r} was asked for"
+            continue
+        reason = implementation.why_not(call)
+        if reason is None:
+            return Explanation(op, implementation.name, passed_over), implementation
+        passed_over[implementation.name] = reason
+    return Explanation(op, None, passed_over), None
+
+
+def _known(name: str, source: str) -> str:
+    known = sorted({implementation.name for op in _ops.values() for implementation in op.implementations})
+    if name not in known:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {known}")
+    return name

@@ -1,0 +1,342 @@
+"""Selective scan over a map along routes: the contract.
+
+For batch b, route k, channel e, state n and step t of the route (channel e belongs to group g = e // (E / G)):
+
+    s_t = dt_weight[k, e] . dt_t + dt_bias[k, e]          (or dt_t[e] + dt_bias[k, e] without ``dt_weight``)
+    d_t = softplus(s_t)                                    (identity above 20; s_t itself without ``dt_softplus``)
+    h_t[n] = exp(d_t A[k, e, n]) h_{t-1}[n] + d_t B_t[g, n] x_t[e],     h_{-1} = initial_state or 0
+    y_t[e] = sum_n C_t[g, n] h_t[n] + D[k, e] x_t[e]
+
+where x_t, dt_t, B_t, C_t are the values at the pixel that route k visits at step t, and y_t is added to the output at
+that pixel: the K routes are summed. With ``z`` the sum is multiplied by silu(z). This is the recurrence of Mamba
+(arXiv 2312.00752, equation 2 with the Euler input term) along the routes of VMamba (arXiv 2401.10166, section 4).
+
+Layout is channels last everywhere; nothing is permuted, flipped or copied per route. Activations (x, dt, B, C, z) share
+one dtype: float32, bfloat16, float16 or float64; parameters are used in float32 (float64 with float64 activations).
+Steps, decays, states and the sum over routes are float32. Every floating-point argument is differentiable.
+Only inputs and one state in ``CHUNK`` steps are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.ops import _checks, _dispatch, _library
+from subquad.ops.selective_scan import reference
+from subquad.ops.selective_scan.call import CHUNK, ScanCall
+from subquad.ops.selective_scan.routes import CROSS, ROUTES, TABLE, route_codes
+
+__all__ = ["CHUNK", "CROSS", "ROUTES", "ScanCall", "selective_scan"]
+
+_OP = "selective_scan"
+_ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    routes: Sequence[str] | Tensor = ("row",),
+    dt_softplus: bool = True,
+    out_dtype: torch.dtype | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan a map (or a sequence) along K routes and sum the results; see the module's docstring for the formula.
+
+    Args:
+        x: (B, H, W, E) map, or (B, L, E) sequence (a map of height 1). Below, ``*`` stands for ``B, H, W`` or ``B, L``.
+        dt: step sizes: low-rank (*, K, R) with ``dt_weight``, else (*, K, E).
+        A: (K, E, N), negative.
+        B, C: (*, K, N), or (*, K, G, N) with G groups of channels.
+        D: (K, E) skip weights.
+        dt_weight: (K, E, R) expansion of a low-rank ``dt``; the expanded step is never stored.
+        dt_bias: (K, E), added to the expanded step.
+        z: gate of x's shape.
+        initial_state: (B, K, E, N), the state before each route's first step.
+        routes: names out of ``ROUTES``, one for each k, or an integer tensor (K, L) whose rows are permutations of the
+            row-major pixel indices (not checked on a GPU: that would wait for it).
+        dt_softplus: apply softplus to the step.
+        out_dtype: dtype of the output, x's by default. float32 keeps a 16-bit sum of routes from overflowing.
+        return_last_state: also return the state after each route's last step.
+
+    Returns:
+        Output of x's shape, and with ``return_last_state`` the states (B, K, E, N) in float32 (float64).
+
+    Raises:
+        TypeError: for a non-tensor or a dtype that is not supported or not shared.
+        ValueError: for shapes, devices, routes or sizes that do not fit, naming the argument.
+    """
+    call = prepare(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_weight=dt_weight,
+        dt_bias=dt_bias,
+        z=z,
+        initial_state=initial_state,
+        routes=routes,
+        dt_softplus=dt_softplus,
+        out_dtype=out_dtype,
+        return_last_state=return_last_state,
+    )
+    result_dtype = call.out_dtype
+    if z is not None:
+        call = call._replace(out_dtype=_parameter_dtype(call.x))
+    if _dispatch.requested() == "reference":
+        # Outside the operator, so that autograd differentiates the formula itself.
+        y, last_state = reference.scan(call)
+    else:
+        y, states = torch.ops.subquad.selective_scan(*call)
+        last_state = states[:, :, -1]
+    y = y.reshape(x.shape)
+    if z is not None:
+        y = (y * torch.nn.functional.silu(z.to(y.dtype))).to(result_dtype)
+    if return_last_state:
+        return y, last_state
+    return y
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    routes: Sequence[str] | Tensor = ("row",),
+    dt_softplus: bool = True,
+    out_dtype: torch.dtype | None = None,
+    return_last_state: bool = False,
+) -> ScanCall:
+    """Check the public arguments and bring them to canonical form (see ``selective_scan`` for arguments and errors)."""
+    _checks.check_tensor(_OP, "x", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{_OP}: x must be (B, H, W, E) or (B, L, E), got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{_OP}: x must not have an empty map or no channels, got shape {tuple(x.shape)}")
+    codes = route_codes(routes)
+    lead, dim, k = tuple(x.shape[:-1]), x.shape[-1], len(codes)
+    stars = "B, H, W" if x.dim() == 4 else "B, L"
+
+    for name, value in (("dt", dt), ("A", A), ("B", B), ("C", C)):
+        _checks.check_tensor(_OP, name, value)
+    if A.dim() != 3:
+        raise ValueError(f"{_OP}: A must have shape (K, E, N), got {tuple(A.shape)}")
+    state = A.shape[-1]
+    if state == 0:
+        raise ValueError(f"{_OP}: A must have at least one state, got shape {tuple(A.shape)}")
+    _checks.check_shape(_OP, "A", A, "(K, E, N)", (k, dim, state))
+    if dt_weight is not None:
+        _checks.check_tensor(_OP, "dt_weight", dt_weight)
+        rank = dt.shape[-1]
+        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, R)", (*lead, k, rank))
+        _checks.check_shape(_OP, "dt_weight", dt_weight, "(K, E, R)", (k, dim, rank))
+    else:
+        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, E)", (*lead, k, dim))
+    if B.dim() == x.dim() + 1:
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+    groups = B.shape[-2] if B.dim() == x.dim() + 2 else 0
+    if groups == 0 or dim % groups:
+        raise ValueError(
+            f"{_OP}: B must be ({stars}, K, N) or ({stars}, K, G, N) with G a divisor of E = {dim}, got {tuple(B.shape)}"
+        )
+    for name, value in (("B", B), ("C", C)):
+        _checks.check_shape(_OP, name, value, f"({stars}, K, G, N)", (*lead, k, groups, state))
+    for name, value in (("D", D), ("dt_bias", dt_bias)):
+        if value is not None:
+            _checks.check_tensor(_OP, name, value)
+            _checks.check_shape(_OP, name, value, "(K, E)", (k, dim))
+    if z is not None:
+        _checks.check_tensor(_OP, "z", z)
+        _checks.check_shape(_OP, "z", z, f"({stars}, E)", x.shape)
+    if initial_state is not None:
+        _checks.check_tensor(_OP, "initial_state", initial_state)
+        _checks.check_shape(_OP, "initial_state", initial_state, "(B, K, E, N)", (x.shape[0], k, dim, state))
+    table = _prepare_table(routes, x) if isinstance(routes, Tensor) else None
+
+    _checks.check_dtype(_OP, "x", x, _ACTIVATION_DTYPES)
+    autocast = _library.autocast_dtype(x.device)
+    if autocast is not None and x.dtype != torch.float64:
+        x, dt, B, C = (value.to(autocast) for value in (x, dt, B, C))
+    for name, value in (("dt", dt), ("B", B), ("C", C), ("z", z)):
+        if value is not None and not (name == "z" and autocast is not None):
+            _checks.check_dtype(_OP, name, value, (x.dtype,))
+    parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
+    for name, value in parameters.items():
+        if value is not None:
+            _checks.check_dtype(_OP, name, value, _ACTIVATION_DTYPES)
+            parameters[name] = value.to(_parameter_dtype(x))
+    for name, value in {"dt": dt, "B": B, "C": C, "z": z, **parameters}.items():
+        if value is not None:
+            _checks.check_device(_OP, name, value, x.device)
+    if out_dtype is not None and out_dtype not in _ACTIVATION_DTYPES:
+        raise TypeError(f"{_OP}: out_dtype must be a floating dtype among {_ACTIVATION_DTYPES}, got {out_dtype}")
+
+    if x.dim() == 3:
+        x, dt, B, C = (value.unsqueeze(1) for value in (x, dt, B, C))
+    return ScanCall(
+        x=x,
+        dt=dt,
+        B=B,
+        C=C,
+        table=table,
+        routes=codes,
+        dt_softplus=bool(dt_softplus),
+        out_dtype=out_dtype or x.dtype,
+        return_last_state=bool(return_last_state),
+        **parameters,
+    )
+
+
+def _prepare_table(table: Tensor, x: Tensor) -> Tensor:
+    length = x[0, ..., 0].numel()
+    _checks.check_shape(_OP, "routes", table, "(K, L)", (table.shape[0], length))
+    _checks.check_device(_OP, "routes", table, x.device)
+    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+        pixels = torch.arange(length, dtype=table.dtype)
+        if not torch.equal(table.sort(dim=1).values, pixels.expand_as(table)):
+            raise ValueError(f"{_OP}: every row of routes must be a permutation of 0..{length - 1}")
+    return table.to(torch.int32)
+
+
+def _parameter_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# The operator ----------------------------------------------------------------------------------------------------
+
+_CALL_SCHEMA = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? table, int[] routes, bool dt_softplus, ScalarType out_dtype, bool return_last_state"
+)
+"""The fields of ScanCall, in order."""
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    call = ScanCall(*args)
+    return _dispatch.choose(_OP, call).forward(call)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = ScanCall(*args)
+    batch, height, width, dim = call.x.shape
+    chunks = (height * width + CHUNK - 1) // CHUNK + int(call.return_last_state)
+    y = call.x.new_empty(call.x.shape, dtype=call.out_dtype)
+    state_shape = (batch, len(call.routes), chunks, dim, call.A.shape[-1])
+    return y, call.x.new_empty(state_shape, dtype=_parameter_dtype(call.x))
+
+
+def _backward(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = ScanCall(*args)
+    grads = _dispatch.choose(_OP, call).backward(call, states, grad_y, grad_last_state)
+    return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = ScanCall(*args)
+    return tuple(call.x.new_empty(0) if value is None else value.new_empty(value.shape) for value in call[:9])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    states, *tensors = ctx.saved_tensors
+    if grad_y is None:
+        _, _, out_dtype, _ = ctx.options
+        grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
+    grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
+    grads = torch.ops.subquad.selective_scan_backward(grad_y, grad_last_state, states, *tensors, *ctx.options)
+    by_input = [grad if value is not None else None for grad, value in zip(grads, tensors[:9], strict=True)]
+    return (*by_input, None, None, None, None, None)
+
+
+def _flops(*args: Any, out_shape: Any = None) -> int:
+    """9 operations a state and step as in upstream's count, 2 for the skip, 2 R for the expansion of a low-rank step."""
+    shapes = ScanCall(*args)
+    batch, height, width, dim = shapes.x
+    steps = batch * height * width * len(shapes.routes) * dim
+    rank = shapes.dt[-1] if shapes.dt_weight is not None else 0
+    return steps * (9 * shapes.A[-1] + 2 + 2 * rank)
+
+
+def _backward_flops(grad_y: Any, grad_last_state: Any, states: Any, *args: Any, out_shape: Any = None) -> int:
+    """The recomputed forward pass and twice as much for the gradients."""
+    return 3 * _flops(*args)
+
+
+_library.define(
+    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
+).register_autograd(_autograd, setup_context=_setup_context)
+_library.define(
+    f"{_OP}_backward",
+    _backward,
+    schema=f"(Tensor grad_y, Tensor? grad_last_state, Tensor states, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+# Implementations -------------------------------------------------------------------------------------------------
+
+
+def _why_not_triton(call: ScanCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.x)) is not None:
+        return reason
+    if call.x.dtype == torch.float64:
+        return "float64 runs in PyTorch"
+    if call.x.shape[0] == 0:
+        return "empty batch"
+    if call.B.shape[-2] != 1:
+        return f"{call.B.shape[-2]} groups of channels, the kernels have one"
+    if TABLE in call.routes:
+        return "an index table of routes, the kernels address rows and columns"
+    return None
+
+
+def _load_triton() -> Any:
+    from subquad.ops.selective_scan import triton_impl
+
+    return triton_impl
+
+
+def _load_torch() -> Any:
+    from subquad.ops.selective_scan import torch_impl
+
+    return torch_impl
+
+
+_dispatch.register(
+    _OP,
+    prepare,
+    (
+        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
+        _dispatch.Implementation("torch", lambda call: None, _load_torch),
+        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
+    ),
+)

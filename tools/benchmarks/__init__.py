@@ -1,0 +1,1 @@
+"""Benchmark code, notes and results."""
