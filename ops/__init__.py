@@ -1,7 +1,8 @@
 """Arithmetic of the library: functions of tensors that know nothing of models.
 
 Every op runs on any device through PyTorch and on GPUs through Triton. ``explain`` says which implementation a call
-would use and why the others were passed over; ``use_backend`` (or the environment variable ``SUBQUAD_BACKEND``) picks one.
+would use and why the others were passed over; ``use_backend`` (or the environment variable ``SUBQUAD_BACKEND``) picks
+one.
 """
 
 from subquad.ops._dispatch import Explanation, explain, use_backend

@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why: the only place that decides.
 
 An op registers a table of implementations in order of preference. Each says what it does not support; the first that
-supports a call wins. An implementation that was asked for by name but cannot serve the call is an error with its reason,
-never a silent fallback.
+supports a call wins. An implementation that was asked for by name but cannot serve the call is an error with its
+reason, never a silent fallback.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def define(
 ) -> CustomOpDef:
     """Register ``function`` as the operator ``subquad::<name>``.
 
-    Autocast policy: the function sees its inputs in the dtypes they have and runs with autocast off. Casting activations
-    is the public wrapper's work (``autocast_dtype``), so that parameters and states stay in fp32.
+    Autocast policy: the function sees its inputs in the dtypes they have and runs with autocast off. Casting
+    activations is the public wrapper's work (``autocast_dtype``), so that parameters and states stay in fp32.
 
     Args:
         name: operator name without namespace.
@@ -50,6 +50,6 @@ def define(
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks activations to have on ``device``, or None outside autocast."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

@@ -135,77 +135,101 @@ def prepare(
     if 0 in x.shape[1:]:
         raise ValueError(f"{_OP}: x must not have an empty map or no channels, got shape {tuple(x.shape)}")
     codes = route_codes(routes)
-    lead, dim, k = tuple(x.shape[:-1]), x.shape[-1], len(codes)
-    stars = "B, H, W" if x.dim() == 4 else "B, L"
-
-    for name, value in (("dt", dt), ("A", A), ("B", B), ("C", C)):
-        _checks.check_tensor(_OP, name, value)
-    if A.dim() != 3:
-        raise ValueError(f"{_OP}: A must have shape (K, E, N), got {tuple(A.shape)}")
-    state = A.shape[-1]
-    if state == 0:
-        raise ValueError(f"{_OP}: A must have at least one state, got shape {tuple(A.shape)}")
-    _checks.check_shape(_OP, "A", A, "(K, E, N)", (k, dim, state))
-    if dt_weight is not None:
-        _checks.check_tensor(_OP, "dt_weight", dt_weight)
-        rank = dt.shape[-1]
-        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, R)", (*lead, k, rank))
-        _checks.check_shape(_OP, "dt_weight", dt_weight, "(K, E, R)", (k, dim, rank))
-    else:
-        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, E)", (*lead, k, dim))
-    if B.dim() == x.dim() + 1:
-        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
-    groups = B.shape[-2] if B.dim() == x.dim() + 2 else 0
-    if groups == 0 or dim % groups:
-        raise ValueError(
-            f"{_OP}: B must be ({stars}, K, N) or ({stars}, K, G, N) with G a divisor of E = {dim}, got {tuple(B.shape)}"
-        )
-    for name, value in (("B", B), ("C", C)):
-        _checks.check_shape(_OP, name, value, f"({stars}, K, G, N)", (*lead, k, groups, state))
-    for name, value in (("D", D), ("dt_bias", dt_bias)):
-        if value is not None:
+    maps = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
+    parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
+    for name, value in {**maps, **parameters}.items():
+        if value is not None or name in ("dt", "A", "B", "C"):
             _checks.check_tensor(_OP, name, value)
-            _checks.check_shape(_OP, name, value, "(K, E)", (k, dim))
-    if z is not None:
-        _checks.check_tensor(_OP, "z", z)
-        _checks.check_shape(_OP, "z", z, f"({stars}, E)", x.shape)
-    if initial_state is not None:
-        _checks.check_tensor(_OP, "initial_state", initial_state)
-        _checks.check_shape(_OP, "initial_state", initial_state, "(B, K, E, N)", (x.shape[0], k, dim, state))
+    _check_map_shapes(x, dt, A, B, C, dt_weight, z, len(codes))
+    _check_parameter_shapes(x, A, D, dt_bias, initial_state, len(codes))
     table = _prepare_table(routes, x) if isinstance(routes, Tensor) else None
+    _check_dtypes_and_devices(maps, parameters, out_dtype)
 
-    _checks.check_dtype(_OP, "x", x, _ACTIVATION_DTYPES)
     autocast = _library.autocast_dtype(x.device)
     if autocast is not None and x.dtype != torch.float64:
         x, dt, B, C = (value.to(autocast) for value in (x, dt, B, C))
-    for name, value in (("dt", dt), ("B", B), ("C", C), ("z", z)):
-        if value is not None and not (name == "z" and autocast is not None):
-            _checks.check_dtype(_OP, name, value, (x.dtype,))
-    parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
-    for name, value in parameters.items():
-        if value is not None:
-            _checks.check_dtype(_OP, name, value, _ACTIVATION_DTYPES)
-            parameters[name] = value.to(_parameter_dtype(x))
-    for name, value in {"dt": dt, "B": B, "C": C, "z": z, **parameters}.items():
-        if value is not None:
-            _checks.check_device(_OP, name, value, x.device)
-    if out_dtype is not None and out_dtype not in _ACTIVATION_DTYPES:
-        raise TypeError(f"{_OP}: out_dtype must be a floating dtype among {_ACTIVATION_DTYPES}, got {out_dtype}")
-
+    wide = _parameter_dtype(x)
+    if B.dim() == x.dim() + 1:
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
     if x.dim() == 3:
         x, dt, B, C = (value.unsqueeze(1) for value in (x, dt, B, C))
     return ScanCall(
         x=x,
         dt=dt,
+        A=A.to(wide),
         B=B,
         C=C,
+        D=None if D is None else D.to(wide),
+        dt_weight=None if dt_weight is None else dt_weight.to(wide),
+        dt_bias=None if dt_bias is None else dt_bias.to(wide),
+        initial_state=None if initial_state is None else initial_state.to(wide),
         table=table,
         routes=codes,
         dt_softplus=bool(dt_softplus),
         out_dtype=out_dtype or x.dtype,
         return_last_state=bool(return_last_state),
-        **parameters,
     )
+
+
+def _check_map_shapes(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_weight: Tensor | None, z: Tensor | None, k: int
+) -> None:
+    """Check what has an entry for each pixel, and A and dt_weight, which say how many entries."""
+    lead, dim = tuple(x.shape[:-1]), x.shape[-1]
+    stars = "B, H, W" if x.dim() == 4 else "B, L"
+    state = A.shape[-1] if A.dim() == 3 else 1
+    _checks.check_shape(_OP, "A", A, "(K, E, N)", (k, dim, state))
+    if state == 0:
+        raise ValueError(f"{_OP}: A must have at least one state, got shape {tuple(A.shape)}")
+    if dt_weight is None:
+        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, E)", (*lead, k, dim))
+    else:
+        rank = max(1, dt.shape[-1]) if dt.dim() else 1
+        _checks.check_shape(_OP, "dt", dt, f"({stars}, K, R)", (*lead, k, rank))
+        _checks.check_shape(_OP, "dt_weight", dt_weight, "(K, E, R)", (k, dim, rank))
+    if B.dim() == x.dim() + 1:
+        _checks.check_shape(_OP, "B", B, f"({stars}, K, N)", (*lead, k, state))
+        _checks.check_shape(_OP, "C", C, f"({stars}, K, N)", B.shape)
+    else:
+        groups = B.shape[-2] if B.dim() == x.dim() + 2 else 0
+        if groups == 0 or dim % groups:
+            raise ValueError(
+                f"{_OP}: B must be ({stars}, K, N) or ({stars}, K, G, N) with G a divisor of E = {dim}, "
+                f"got {tuple(B.shape)}"
+            )
+        _checks.check_shape(_OP, "B", B, f"({stars}, K, G, N)", (*lead, k, groups, state))
+        _checks.check_shape(_OP, "C", C, f"({stars}, K, G, N)", B.shape)
+    if z is not None:
+        _checks.check_shape(_OP, "z", z, f"({stars}, E)", x.shape)
+
+
+def _check_parameter_shapes(
+    x: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None, k: int
+) -> None:
+    dim = x.shape[-1]
+    for name, value in (("D", D), ("dt_bias", dt_bias)):
+        if value is not None:
+            _checks.check_shape(_OP, name, value, "(K, E)", (k, dim))
+    if initial_state is not None:
+        shape = (x.shape[0], k, dim, A.shape[-1])
+        _checks.check_shape(_OP, "initial_state", initial_state, "(B, K, E, N)", shape)
+
+
+def _check_dtypes_and_devices(
+    maps: dict[str, Tensor | None], parameters: dict[str, Tensor | None], out_dtype: torch.dtype | None
+) -> None:
+    """Activations share x's dtype, unless autocast is about to give them one; parameters may have any of the dtypes."""
+    x = maps["x"]
+    assert x is not None
+    _checks.check_dtype(_OP, "x", x, _ACTIVATION_DTYPES)
+    free = _library.autocast_dtype(x.device) is not None and x.dtype != torch.float64
+    for name, value in {**maps, **parameters}.items():
+        if value is not None:
+            shared = name in maps and not free
+            _checks.check_dtype(_OP, name, value, (x.dtype,) if shared else _ACTIVATION_DTYPES)
+            _checks.check_device(_OP, name, value, x.device)
+    if out_dtype is not None and out_dtype not in _ACTIVATION_DTYPES:
+        raise TypeError(f"{_OP}: out_dtype must be a floating dtype among {_ACTIVATION_DTYPES}, got {out_dtype}")
 
 
 def _prepare_table(table: Tensor, x: Tensor) -> Tensor:
@@ -275,7 +299,7 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tu
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
-    """9 operations a state and step as in upstream's count, 2 for the skip, 2 R for the expansion of a low-rank step."""
+    """9 operations a state and step as in upstream's count, 2 for the skip, 2 R for expanding a low-rank step."""
     shapes = ScanCall(*args)
     batch, height, width, dim = shapes.x
     steps = batch * height * width * len(shapes.routes) * dim

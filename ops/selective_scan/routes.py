@@ -1,7 +1,7 @@
 """Routes: the order in which a selective scan walks through a map, as data.
 
-A route is a name for an order that kernels compute on the fly, or a row of an index table for any other order. Step ``t``
-of a route reads and writes pixel ``route_order(...)[t]`` of the row-major map, so a route is an address, never a copy.
+A route is a name for an order that kernels compute on the fly, or a row of an index table for any other order. Step
+``t`` of a route reads and writes pixel ``route_order(...)[t]`` of the row-major map: an address, never a copy.
 """
 
 from __future__ import annotations
@@ -31,22 +31,21 @@ def route_codes(routes: Sequence[str] | Tensor) -> list[int]:
     """Codes of named routes, or one ``TABLE`` code for each row of an index table.
 
     Raises:
-        ValueError: for an unknown name, no routes at all, or a table that is not a 2-D integer tensor.
-        TypeError: for anything that is neither a sequence of names nor a tensor.
+        ValueError: for an unknown name, no routes at all, or a table that is not 2-D.
+        TypeError: for anything that is neither a sequence of names nor an integer tensor.
     """
     if isinstance(routes, Tensor):
-        if routes.dim() != 2 or routes.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                "routes as a table must be an int32 or int64 tensor (K, L) of pixel indices, "
-                f"got {routes.dtype} of shape {tuple(routes.shape)}"
-            )
+        if routes.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"routes as a table must be of dtype int32 or int64, got {routes.dtype}")
+        if routes.dim() != 2 or routes.shape[0] == 0:
+            raise ValueError(f"routes as a table must have shape (K, L) with K > 0, got {tuple(routes.shape)}")
         return [TABLE] * routes.shape[0]
     if isinstance(routes, str) or not isinstance(routes, Sequence):
         raise TypeError(f"routes must be a sequence of names or a (K, L) tensor, got {routes!r}")
     if len(routes) == 0:
         raise ValueError(f"routes is empty, expected at least one of {list(ROUTES)}")
     for route in routes:
-        if route not in ROUTES:
+        if not isinstance(route, str) or route not in ROUTES:
             raise ValueError(f"unknown route {route!r}, expected one of {list(ROUTES)}")
     return [ROUTES[route] for route in routes]
 

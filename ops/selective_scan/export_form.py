@@ -1,0 +1,209 @@
+"""The selective scan in operators that every exporter knows, in place of ``subquad::selective_scan``.
+
+Two levels, no Python loop over pixels and no guard on a size. Routes are cut into spans of ``SPAN`` steps; one ``scan``
+of ``SPAN`` steps walks all spans of all routes at once from a zero state, a second one with a step for each span hands
+the states from span to span, and each step adds what has become of the state with which its span was entered:
+
+    (P, S)_t = (a_t P_{t-1}, a_t S_{t-1} + b_t),   (P, S)_{-1} = (1, 0),   a_t = exp(d_t A),   b_t = d_t B_t x_t
+    h_t = S_t + P_t h_enter
+
+A route's path is padded to whole spans with steps of size 0, which leave a state as it is. Inside, the layout is
+(SPAN, K, spans, B, ...), so that every step of either scan reads one contiguous slice; routes are gathered.
+
+While an export is traced, sizes are symbols with example values, and broadcasting takes a symbol whose example is 1 for
+the number 1. So there is always one span more than needed, and examples should have a batch of two or more. Shapes are
+written out from the arguments' sizes rather than read from results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.ops.selective_scan.call import CHUNK, ScanCall
+from subquad.ops.selective_scan.routes import REVERSED, route_order
+
+SPAN = 32
+"""Steps walked at once; a divisor of CHUNK. Longer spans pad small maps more, shorter ones hand over more often."""
+
+
+def export_form(*args: Any) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as the operator ``subquad::selective_scan``: merged output (B, H, W, E), states.
+
+    Made for ``ExportedProgram.run_decompositions({torch.ops.subquad.selective_scan.default: export_form})``; batch,
+    height and width may be symbolic. Computes in float32 (float64 for float64 inputs).
+    """
+    call = ScanCall(*args)
+    batch, height, width, dim = call.x.shape
+    routes = len(call.routes)
+    length = height * width
+    spans = (length + SPAN - 1) // SPAN + 1
+    layout = (SPAN, routes, spans, batch)
+    working = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    walk = _walk(call, length, spans, working)
+
+    x = call.x.reshape(batch, length, dim).transpose(0, 1).to(working)  # (L, B, E)
+    u = x.index_select(0, walk.pixels).reshape(*layout, 1, dim)
+    delta = _step_sizes(call, walk, layout, working)  # (SPAN, K, spans, B, 1, E)
+    A = call.A[:, None, None].transpose(3, 4).to(working)  # (K, 1, 1, N, E)
+    B, C = (_per_channel(values, walk, layout, dim).to(working) for values in (call.B, call.C))
+
+    start = call.x.new_zeros(routes, batch, call.A.shape[-1], dim, dtype=working)
+    if call.initial_state is not None:
+        start = call.initial_state.permute(1, 0, 3, 2).to(working)
+    enter, last = _enter(delta, delta * u, B, A, start)  # (K, spans, B, N, E), (K, B, N, E)
+    y = _within(delta, delta * u, B, C, A, enter)  # (SPAN, K, spans, B, E)
+
+    y = y.reshape(SPAN * routes * spans, batch, dim).index_select(0, walk.visits)
+    y = y.reshape(routes, length, batch, dim).sum(0)  # (L, B, E)
+    if call.D is not None:
+        y = y + call.D.to(working).sum(0) * x
+    y = y.transpose(0, 1).reshape(batch, height, width, dim).to(call.out_dtype)
+    return y, _states(call, enter, last)
+
+
+class _Walk(NamedTuple):
+    """Addresses of the routes' steps.
+
+    Attributes:
+        pixels: (SPAN * K * spans), the pixel that a step visits; pixel 0 for padding.
+        entries: (SPAN * K * spans), pixel * K + route of a step.
+        visits: (K * L), the step with which a route visits a pixel.
+        mask: (SPAN, K, spans), 1 for a step, 0 for padding.
+    """
+
+    pixels: Tensor
+    entries: Tensor
+    visits: Tensor
+    mask: Tensor
+
+
+def _walk(call: ScanCall, length: int, spans: int, working: torch.dtype) -> _Walk:
+    _, height, width, _ = call.x.shape
+    device = call.x.device
+    routes = len(call.routes)
+    padding = (0, spans * SPAN - length)
+    inside = F.pad(torch.ones(length, dtype=working, device=device), padding)
+    # Place of the steps of route 0, in the order of its padded path, in flattened (SPAN, K, spans)
+    places = torch.arange(spans, device=device)[:, None] + torch.arange(SPAN, device=device) * (routes * spans)
+    places = places.reshape(spans * SPAN)
+    pixels, mask, visits = [], [], []
+    for k, code in enumerate(call.routes):
+        path = route_order(code & ~REVERSED, height, width, None if call.table is None else call.table[k], device)
+        pixel, here, place = F.pad(path, padding), inside, places + k * spans
+        if code & REVERSED:
+            # The padded path turns round as a whole, so that spans stay the pixels that they are for a forward route.
+            pixel, here, place = pixel.flip(0), here.flip(0), place.flip(0)
+        pixels.append(pixel.reshape(spans, 1, SPAN))
+        mask.append(here.reshape(spans, 1, SPAN))
+        visits.append(torch.zeros_like(path).scatter(0, path, place[:length]))
+    by_step = torch.cat(pixels, dim=1).permute(2, 1, 0)  # (SPAN, K, spans)
+    entries = by_step * routes + torch.arange(routes, device=device)[:, None]
+    steps = SPAN * routes * spans
+    return _Walk(
+        by_step.reshape(steps), entries.reshape(steps), torch.cat(visits), torch.cat(mask, dim=1).permute(2, 1, 0)
+    )
+
+
+def _along_routes(values: Tensor, walk: _Walk) -> Tensor:
+    """(B, H, W, K, ...) -> (SPAN * K * spans, B, ...): for each step of route k the value of route k at its pixel."""
+    batch, height, width, routes, *rest = values.shape
+    by_entry = values.reshape(batch, height * width * routes, *rest).transpose(0, 1)
+    return by_entry.index_select(0, walk.entries)
+
+
+def _per_channel(values: Tensor, walk: _Walk, layout: tuple[int, ...], dim: int) -> Tensor:
+    """B or C along the routes, (B, H, W, K, G, N) -> (SPAN, K, spans, B, N, E), or 1 in place of E for one group."""
+    groups, state = values.shape[4:]
+    along = _along_routes(values, walk).reshape(*layout, groups, state).transpose(-1, -2)
+    return along if groups == 1 else along.repeat_interleave(dim // groups, dim=-1)
+
+
+def _step_sizes(call: ScanCall, walk: _Walk, layout: tuple[int, ...], working: torch.dtype) -> Tensor:
+    """d_t along the routes, (SPAN, K, spans, B, E); 0 for padding."""
+    _, routes, spans, batch = layout
+    dim, rank = call.x.shape[-1], call.dt.shape[-1]
+    delta = _along_routes(call.dt, walk).to(working)
+    if call.dt_weight is not None:
+        delta = delta.reshape(SPAN, routes, spans * batch, rank) @ call.dt_weight.to(working).transpose(1, 2)
+    delta = delta.reshape(*layout, dim)
+    if call.dt_bias is not None:
+        delta = delta + call.dt_bias[:, None, None].to(working)
+    if call.dt_softplus:
+        delta = _softplus(delta)
+    return (delta * walk.mask[..., None, None]).unsqueeze(-2)
+
+
+def _softplus(s: Tensor) -> Tensor:
+    """log(1 + exp(s)), in float32 equal to s above 20.
+
+    max(s, 0) + log1p(exp(-|s|)) out of operators that runtimes vectorise; they have no log1p, and softplus one value at
+    a time took two thirds of the whole scan. log1p(e) = log(w) e / (w - 1) with w = 1 + e as rounded, or e where w is 1.
+    """
+    e = torch.exp(-s.abs())
+    w = 1 + e
+    return s.clamp(min=0) + torch.where(w == 1, e, torch.log(w) * (e / (w - 1)))
+
+
+def _enter(delta: Tensor, du: Tensor, B: Tensor, A: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """States on entry of every span (K, spans, B, N, E) and after the last (K, B, N, E), from ``start`` (K, B, N, E)."""
+
+    def walk(h: Tensor, delta: Tensor, du: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        return (torch.exp(delta * A) * h + du * B,)
+
+    def hand_over(h: Tensor, decay: Tensor, inside: Tensor) -> tuple[Tensor, ...]:
+        return decay * h + inside, h.clone()
+
+    zero = torch.zeros_like(du[0] * B[0])  # (K, spans, B, N, E)
+    (inside,) = _scan(walk, (zero,), (delta, du, B), (A,))
+    decay = torch.exp(delta.sum(0) * A)
+    last, enter = _scan(hand_over, (start,), (decay.transpose(0, 1), inside.transpose(0, 1)))
+    return enter.transpose(0, 1), last
+
+
+def _within(delta: Tensor, du: Tensor, B: Tensor, C: Tensor, A: Tensor, enter: Tensor) -> Tensor:
+    """sum_n C h along all spans, (SPAN, K, spans, B, E)."""
+
+    def walk(h: Tensor, delta: Tensor, du: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        h = torch.exp(delta * A) * h + du * B
+        return h, (C * h).sum(-2)
+
+    _, y = _scan(walk, (enter,), (delta, du, B, C), (A,))
+    return y
+
+
+def _scan(
+    step: Callable[..., tuple[Tensor, ...]],
+    init: tuple[Tensor, ...],
+    xs: tuple[Tensor, ...],
+    constants: tuple[Tensor, ...] = (),
+) -> Sequence[Tensor]:
+    """Last carries and stacked outputs of ``step(*carries, *slices of xs along axis 0, *constants)``.
+
+    The operator itself: the function that PyTorch puts in front of it compiles ``step`` in a trace of its own, where
+    the symbolic sizes of an export have no ranges. Outputs must not alias carries, hence the clones in the steps.
+    """
+    # Carries keep their strides from step to step, so all start with the ones that arithmetic gives.
+    init, xs, constants = (tuple(tensor.contiguous() for tensor in tensors) for tensors in (init, xs, constants))
+    return torch.ops.higher_order.scan(step, init, xs, constants)
+
+
+def _states(call: ScanCall, enter: Tensor, last: Tensor) -> Tensor:
+    """The operator's second result (B, K, chunks, E, N) from the states on entry of spans (K, spans, B, N, E)."""
+    length = call.x.shape[1] * call.x.shape[2]
+    chunks, every = (length + CHUNK - 1) // CHUNK, CHUNK // SPAN
+    by_route = []
+    for k, code in enumerate(call.routes):
+        states = enter[k]
+        if code & REVERSED:
+            # A chunk is entered through its last span; beyond the end of the path there is the initial state.
+            states = torch.cat([states.flip(0), states[:1].expand(every, -1, -1, -1)])[every - 1 :]
+        by_route.append(states[::every][:chunks].unsqueeze(1))
+    states = torch.cat(by_route, dim=1)  # (chunks, K, B, N, E)
+    if call.return_last_state:
+        states = torch.cat([states, last.unsqueeze(0)])
+    return states.permute(2, 1, 0, 4, 3).contiguous()

@@ -1,0 +1,324 @@
+"""Selective scan in Triton: forward and backward.
+
+Design. A *chunk* is CHUNK consecutive pixels of a route's path, a *segment* a run of chunks that one lane walks one after
+another, a *lane* one segment of one image. A program is one warp: it walks CH = 8 lanes side by side over BC channels,
+4 steps at a time. The [4 * CH, BC] tile of a step has the layout of the tensor core product that expands the step sizes,
+with row = time * CH + lane: a thread holds all 4 steps of its lane, so splitting the tile by time moves nothing, the
+recurrence is plain sequential arithmetic on registers, and 8 channels of a thread share its loads of B and C. The states
+stay in registers from tile to tile.
+
+Routes that visit the same pixels in opposite directions ("row" and "row_reversed") form a *group*: one launch walks both.
+With one segment an image (enough images and channels to fill the GPU) a scan is one launch a group. Otherwise it has two
+levels: every segment is scanned from a zero state (aggregate), ``chain`` carries states from segment to segment, and
+the second walk starts from the right states. The backward pass is the same with adjoint states; inside a chunk it
+recomputes the states from the one saved at the chunk's entry.
+
+Limits: made for N <= 16; groups of channels and index tables run in PyTorch.
+Bytes, floors and measurements: tools/benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.ops import _triton
+from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_aggregate
+from subquad.ops.selective_scan._triton_forward import selective_scan_chain_kernel, selective_scan_fwd_kernel
+from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED
+
+_LANES = 8
+_STEPS = 4
+_ZERO, _SAVED, _GIVEN = 0, 1, 2  # where the state that enters a segment comes from
+
+
+class _Config(NamedTuple):
+    """Launch choices of a shape class.
+
+    Attributes:
+        forward_block: channels of a program of the forward kernels.
+        backward_block: channels of a program of the backward kernels, which hold twice as many tiles.
+        waves: programs wanted for each multiprocessor; fewer make a scan two-level.
+    """
+
+    forward_block: int
+    backward_block: int
+    waves: int
+
+
+def _config(state: int) -> _Config:
+    """The one table of launch heuristics, by shape class."""
+    import os
+    fb=int(os.environ.get("FB","32")); bb=int(os.environ.get("BB","16")); w=int(os.environ.get("WV","12"))
+    return _Config(forward_block=fb, backward_block=bb, waves=w)
+
+
+class _Group(NamedTuple):
+    """Routes that visit the same pixels in opposite directions; -1 for an absent one."""
+
+    forward: int
+    reversed: int
+    column: int
+
+    def geometry(self, height: int, width: int) -> tuple[int, int]:
+        """The path as columns: pixels in a column and their distance; a row-major path is a single column."""
+        return (height, width) if self.column and height > 1 else (height * width, 1)
+
+
+def _groups(codes: list[int]) -> list[_Group]:
+    """Pair each route with a later one that walks the same path the other way round."""
+    groups: list[_Group] = []
+    for k, code in enumerate(codes):
+        column, field = code & COLUMN, "reversed" if code & REVERSED else "forward"
+        for i, group in enumerate(groups):
+            if group.column == column and getattr(group, field) < 0:
+                groups[i] = group._replace(**{field: k})
+                break
+        else:
+            groups.append(_Group(-1, -1, column)._replace(**{field: k}))
+    return groups
+
+
+class _Plan(NamedTuple):
+    """Sizes of one call's launches and the arguments that all kernels share."""
+
+    groups: list[_Group]
+    config: _Config
+    length: int
+    chunks: int
+    segments: int
+    segment_chunks: int
+    lanes: int
+    rank: int
+    meta: dict[str, object]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.segments, self.segment_chunks, self.chunks
+
+    @property
+    def lane_programs(self) -> int:
+        return triton.cdiv(self.lanes, _LANES)
+
+
+def _plan(call: ScanCall) -> _Plan:
+    batch, height, width, dim = call.x.shape
+    state = call.A.shape[-1]
+    config = _config(state)
+    length = height * width
+    chunks = triton.cdiv(length, CHUNK)
+    programs = triton.cdiv(batch, _LANES) * triton.cdiv(dim, config.forward_block)
+    wanted = config.waves * _triton.multiprocessor_count(call.x.device)
+    segment_chunks = max(1, min(chunks, chunks * programs // wanted))
+    segments = triton.cdiv(chunks, segment_chunks)
+    rank = call.dt.shape[-1] if call.dt_weight is not None else 0
+    # Offsets into x, dt (full rank) and the per-pixel gradients of all channel programs.
+    largest = batch * length * max(dim, len(call.routes) * max(call.dt.shape[-1], 32 * (rank + 2 * state)))
+    meta = {
+        "N": state,
+        "CH": _LANES,
+        "BR": max(16, triton.next_power_of_2(rank)),
+        "TILES": CHUNK // _STEPS,
+        "LOW_RANK": call.dt_weight is not None,
+        "SOFTPLUS": call.dt_softplus,
+        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
+        "INDEX": tl.int64
+        if max(batch * length * len(call.routes) * max(dim, rank + 2 * state), 0) >= 2**31
+        else tl.int32,
+        "num_warps": 1,
+    }
+    return _Plan(_groups(call.routes), config, length, chunks, segments, segment_chunks, batch * segments, rank, meta)
+
+
+class _Rows(NamedTuple):
+    """A tensor (B, H, W, K, ...) as rows: stride of an image, a pixel and a route, innermost axis contiguous."""
+
+    tensor: Tensor
+    strides: tuple[int, int, int]
+
+
+def _rows(tensor: Tensor) -> _Rows:
+    if tensor.dim() == 6:
+        tensor = tensor.squeeze(-2)
+    if tensor.stride(-1) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2] * tensor.stride(2)):
+        tensor = tensor.contiguous()
+    pixel = tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1)
+    return _Rows(tensor, (tensor.stride(0), pixel, tensor.stride(3)))
+
+
+class _Inputs(NamedTuple):
+    """Inputs as the kernels take them: contiguous maps and parameters, zeros for absent vectors."""
+
+    x: Tensor
+    dt: _Rows
+    B: _Rows
+    C: _Rows
+    A: Tensor
+    D: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _inputs(call: ScanCall) -> _Inputs:
+    A = call.A.contiguous()
+    zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
+    return _Inputs(
+        x=call.x.contiguous(),
+        dt=_rows(call.dt),
+        B=_rows(call.B),
+        C=_rows(call.C),
+        A=A,
+        D=zeros if call.D is None else call.D.contiguous(),
+        weight=A if call.dt_weight is None else call.dt_weight.contiguous(),
+        bias=zeros if call.dt_bias is None else call.dt_bias.contiguous(),
+    )
+
+
+def _chain(
+    plan: _Plan, A: Tensor, sums: Tensor, ends: Tensor, given: Tensor | None, entries: Tensor, mask: int, by_chunk: bool
+) -> None:
+    """Fill ``entries`` with the states that enter the segments, by chunk or by segment."""
+    batch, n_routes, segments, dim, state = ends.shape
+    block = 32
+    selective_scan_chain_kernel[(batch * n_routes, triton.cdiv(dim * state, block))](
+        sums, A, ends, ends if given is None else given.contiguous(), entries,
+        segments, plan.segment_chunks if by_chunk else 1, plan.chunks if by_chunk else segments, entries.shape[2],
+        dim, n_routes, mask,
+        N=state, BS=32, BJ=block, GIVEN=given is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Merged output and saved states of a canonical call (see call.py)."""
+    plan, inputs = _plan(call), _inputs(call)
+    batch, height, width, dim = call.x.shape
+    n_routes, state = len(call.routes), call.A.shape[-1]
+    x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
+    block = plan.config.forward_block
+    programs = (triton.cdiv(dim, block), plan.lane_programs)
+    two_level = plan.segments > 1
+
+    def scratch(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    partial = scratch(*x.shape)
+    y = partial if call.out_dtype == torch.float32 else torch.empty_like(x, dtype=call.out_dtype)
+    states = scratch(batch, n_routes, plan.chunks + call.return_last_state, dim, state)
+    waiting = scratch(programs[0] * programs[1], state, _LANES, block) if state > 1 else states
+    ends, sums = states, states
+    if two_level:
+        ends, sums = scratch(batch, n_routes, plan.segments, dim, state), scratch(batch, n_routes, plan.segments, dim)
+    given = states if call.initial_state is None else call.initial_state.contiguous()
+    entry = _SAVED if two_level else _ZERO if call.initial_state is None else _GIVEN
+
+    def launch(group: _Group, entry: int, aggregate: bool) -> None:
+        selective_scan_fwd_kernel[programs](
+            x, dt.tensor, inputs.weight, inputs.bias, inputs.A, B.tensor, C.tensor, inputs.D,
+            given, states, ends, sums, partial, y, waiting,
+            plan.lanes, plan.length, *group.geometry(height, width), *plan.sizes, states.shape[2], dim, plan.rank,
+            *dt.strides, *B.strides, *C.strides,
+            n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), int(call.return_last_state),
+            ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(x):
+        if two_level:
+            for group in plan.groups:
+                launch(group, _ZERO, aggregate=True)
+            _chain(plan, inputs.A, sums, ends, call.initial_state, states, _reversed_mask(call), by_chunk=True)
+        for group in plan.groups:
+            launch(group, entry, aggregate=False)
+    return _finish(y, partial, plan), states
+
+
+def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
+    """Gradients of a canonical call from its saved states, each in its input's dtype."""
+    plan, inputs = _plan(call), _inputs(call)
+    batch, height, width, dim = call.x.shape
+    n_routes, state = len(call.routes), call.A.shape[-1]
+    x, dt, B, C, grad_y = inputs.x, inputs.dt, inputs.B, inputs.C, grad_y.contiguous()
+    block = plan.config.backward_block
+    blocks = triton.cdiv(dim, block)
+    wanted = triton.cdiv(plan.config.waves * _triton.multiprocessor_count(x.device), plan.lane_programs)
+    blocks_each = triton.cdiv(blocks, min(blocks, wanted))
+    channel_programs = triton.cdiv(blocks, blocks_each)
+    low_rank = call.dt_weight is not None
+    row_width = plan.rank + 2 * state
+
+    def scratch(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    partial = scratch(*x.shape)
+    grad_x = partial if x.dtype == torch.float32 else torch.empty_like(x)
+    grad_dt = x if low_rank else torch.empty(call.dt.shape, dtype=x.dtype, device=x.device)
+    rows = scratch(channel_programs, batch, height, width, n_routes, row_width)
+    params = scratch(plan.lane_programs, n_routes, dim, plan.rank + state + 2)
+    grad_initial = None if call.initial_state is None else scratch(*call.initial_state.shape)
+    slots = (CHUNK // _STEPS + 2) * state
+    waiting = scratch(plan.lane_programs * channel_programs, slots, _LANES, block)
+    entering = grad_last_state
+    shared = (dt.tensor, inputs.weight, inputs.bias, inputs.A)
+
+    with torch.cuda.device_of(x):
+        if plan.segments > 1:
+            ends, sums = scratch(batch, n_routes, plan.segments, dim, state), scratch(batch, n_routes, plan.segments, dim)
+            states_waiting = scratch(plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
+            for group in plan.groups:
+                selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
+                    grad_y, *shared, C.tensor, ends, sums, states_waiting,
+                    plan.lanes, plan.length, *group.geometry(height, width), plan.segments, plan.segment_chunks,
+                    dim, plan.rank, *dt.strides, *C.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
+                )  # fmt: skip
+            mask = ~_reversed_mask(call) & ((1 << n_routes) - 1)
+            entering = torch.empty_like(ends)
+            _chain(plan, inputs.A, sums, ends, grad_last_state, entering, mask, by_chunk=False)
+        for group in plan.groups:
+            selective_scan_bwd_kernel[(channel_programs, plan.lane_programs)](
+                grad_y, x, *shared, B.tensor, C.tensor, inputs.D, states, states if entering is None else entering,
+                waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
+                plan.lanes, plan.length, *group.geometry(height, width), *plan.sizes, states.shape[2], dim, plan.rank,
+                *dt.strides, *B.strides, *C.strides,
+                n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, row_width, batch,
+                ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,
+                OUTPUT=_writes(group, plan, grad_x), DOT=_dot_dtype(x), BC=block, **plan.meta,
+            )  # fmt: skip
+    row = rows.sum(0) if channel_programs > 1 else rows[0]
+    grad_low, grad_B, grad_C = row.split([plan.rank, state, state], dim=-1)
+    grad_weight, grad_A, grad_D, grad_bias = params.sum(0).split([plan.rank, state, 1, 1], dim=-1)
+    return (
+        _finish(grad_x, partial, plan),
+        grad_low.to(x.dtype, copy=True) if low_rank else grad_dt,
+        grad_A.contiguous(),
+        grad_B.unsqueeze(-2).to(x.dtype, copy=True),
+        grad_C.unsqueeze(-2).to(x.dtype, copy=True),
+        None if call.D is None else grad_D.squeeze(-1).clone(),
+        grad_weight.contiguous() if low_rank else None,
+        None if call.dt_bias is None else grad_bias.squeeze(-1).clone(),
+        grad_initial,
+    )
+
+
+def _writes(group: _Group, plan: _Plan, output: Tensor) -> bool:
+    """Whether a launch writes the 16-bit output itself: the second walk of the last group does."""
+    return output.dtype != torch.float32 and group is plan.groups[-1] and group.reversed >= 0
+
+
+def _finish(output: Tensor, partial: Tensor, plan: _Plan) -> Tensor:
+    """The output; converted here from the fp32 sum where no kernel wrote it."""
+    if output.dtype == torch.float32 or _writes(plan.groups[-1], plan, output):
+        return output
+    return partial.to(output.dtype)
+
+
+def _reversed_mask(call: ScanCall) -> int:
+    return sum(1 << k for k, code in enumerate(call.routes) if code & REVERSED)
+
+
+def _dot_dtype(x: Tensor) -> tl.dtype:
+    """Operands of the gradient products: bfloat16 holds any gradient's range; the interpreter cannot multiply it."""
+    return tl.float32 if x.dtype == torch.float32 or _triton.interpreting() else tl.bfloat16
