@@ -1,6 +1,6 @@
 """subquad: sub-quadratic vision backbones with exact weights.
 
-Importing the package registers its models with timm: ``timm.create_model("vmamba_tiny")`` works after ``import subquad``.
+Importing the package registers its models with timm: ``timm.create_model("vmamba_tiny")`` works after that.
 """
 
 from subquad import backbones, ops

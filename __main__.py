@@ -1,6 +1,8 @@
 """``python -m subquad`` is the ``subquad`` command."""
 
+import sys
+
 from subquad.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

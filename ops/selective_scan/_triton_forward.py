@@ -33,22 +33,12 @@ def _sum_time(b, CH: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _path(o_t, height, stride):
-    """Position in its column and pixel of step ``o_t`` of a path along columns of ``height`` pixels ``stride`` apart."""
-    o_i = o_t % height
-    return o_i, o_i * stride + o_t // height
+def _load_pixels(p_pixels, o_t, o_rend):
+    """Pixels of steps ``o_t`` [T] of a path; -1 beyond its end.
 
-
-@triton.jit
-def _advance(o_i, o_p, move, height, stride):
-    """Walk ``move`` (-4 or 4) steps along the path; ``height`` is 2 or more, so at most two columns end."""
-    o_i += move
-    o_p += move * stride
-    for _ in tl.static_range(2):
-        o_wrap = tl.where(o_i >= height, 1, 0) - tl.where(o_i < 0, 1, 0)
-        o_i -= o_wrap * height
-        o_p += o_wrap * (1 - height * stride)
-    return o_i, o_p
+    Loaded from a table: computing them costs a division in each of the layouts that addresses are needed in.
+    """
+    return tl.load(p_pixels + o_t, mask=o_t < o_rend, other=-1)
 
 
 @triton.jit
@@ -73,27 +63,29 @@ def _softplus(b_s, b_e):
 
 
 @triton.jit
-def _raw_steps(
-    p_dt, o_row, m_t, b_w, b_bias, o_c, m_c, o_r, rank, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Step sizes before softplus, [T, BC], from the rows of dt at offsets ``o_row`` [T]; and the low-rank rows [T, BR]."""
+def _load_steps(p_dt, o_row, m_t, o_c, m_c, o_r, rank, LOW_RANK: tl.constexpr):
+    """Rows of dt at offsets ``o_row`` [T]: low-rank [T, BR] or full [T, BC]."""
     if LOW_RANK:
-        b_low = tl.load(p_dt + o_row[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < rank)[None, :], other=0.0)
-        b_s = tl.dot(b_low, b_w, input_precision=PRECISION)
+        b_dt = tl.load(p_dt + o_row[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < rank)[None, :], other=0.0)
     else:
-        b_low = 0.0
-        b_s = tl.load(p_dt + o_row[:, None] + o_c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
-        b_s = b_s.to(tl.float32)
-    return b_s + b_bias[None, :], b_low
+        b_dt = tl.load(p_dt + o_row[:, None] + o_c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
+    return b_dt
 
 
 @triton.jit
-def _steps(
-    p_dt, o_row, m_t, b_w, b_bias, o_c, m_c, o_r, rank,
-    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _expand_steps(b_dt, b_w, b_bias, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """Step sizes before softplus, [T, BC]."""
+    if LOW_RANK:
+        b_s = tl.dot(b_dt, b_w, input_precision=PRECISION)
+    else:
+        b_s = b_dt.to(tl.float32)
+    return b_s + b_bias[None, :]
+
+
+@triton.jit
+def _steps(b_dt, m_t, b_w, b_bias, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr):
     """Step sizes [T, BC]; 0 beyond the path's end, where the state must stay as it is."""
-    b_d, _ = _raw_steps(p_dt, o_row, m_t, b_w, b_bias, o_c, m_c, o_r, rank, LOW_RANK, PRECISION)
+    b_d = _expand_steps(b_dt, b_w, b_bias, LOW_RANK, PRECISION)
     if SOFTPLUS:
         b_d = _softplus(b_d, _exp_minus_abs(b_d))
     return tl.where(m_t[:, None], b_d, 0.0)
@@ -130,8 +122,8 @@ def _recur(b_h, b_a, b_b, CH: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def selective_scan_fwd_kernel(
-    p_x, p_dt, p_weight, p_bias, p_A, p_B, p_C, p_D, p_initial, p_states, p_ends, p_sums, p_partial, p_y, p_scratch,
-    n_lanes, length, path_height, path_stride, segments, segment_chunks, chunks, slots, dim, rank,
+    p_x, p_dt, p_weight, p_bias, p_A, p_B, p_C, p_D, p_initial, p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
+    n_lanes, length, segments, segment_chunks, chunks, slots, dim, rank,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_b_b, stride_b_p, stride_b_k, stride_c_b, stride_c_p, stride_c_k,
     n_routes, k_forward, k_reversed, add, keep_last,
     N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
@@ -195,7 +187,17 @@ def selective_scan_fwd_kernel(
             # The rows' steps in the order of the walk: 4 steps forwards from the start, or backwards from the end.
             move = 4 - 8 * direction
             o_t = o_rstart + (n_tiles * 4 - 1) * direction + (o_row // CH) * (1 - 2 * direction)
-            o_i, o_p = _path(o_t, path_height, path_stride)
+            added = tl.maximum(add, tl.where(k_forward >= 0, direction, 0))
+            # Everything that a tile reads is loaded one tile ahead, and its pixels two.
+            o_p = _load_pixels(p_pixels, o_t, o_rend)
+            m_t = o_p >= 0
+            o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
+            next_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
+            next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
+            next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
+            next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
+            o_t += move
+            o_next = _load_pixels(p_pixels, o_t, tl.where(n_tiles > 1, o_rend, 0))
             for step in range(n_tiles):
                 if not AGGREGATE:  # noqa: SIM102
                     if step % TILES == 0:
@@ -205,14 +207,24 @@ def selective_scan_fwd_kernel(
                             if N > 1:
                                 b_h = tl.load(p_slot + n * (CH * BC))
                             tl.store(p_state + (o_chunk * dim)[:, None] * N + n, b_h, mask=m_save)
-                m_t = o_t < o_rend
-                m_x = m_t[:, None] & m_c[None, :]
-                o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)  # [T, BC]
-                b_d = _steps(
-                    p_dt, o_dtrow + o_p * stride_dt_p, m_t, b_w, b_bias, o_c, m_c, o_r, rank,
-                    LOW_RANK, SOFTPLUS, PRECISION,
-                )  # fmt: skip
+                o_here, m_here = o_p, m_t
+                b_x, b_dt, b_B, b_C = next_x.to(tl.float32), next_dt, next_B.to(tl.float32), next_C.to(tl.float32)
+                o_x = ((o_rbatch * length + o_here) * dim)[:, None] + o_c[None, :]
+                if not AGGREGATE:
+                    # The second walk, and every walk of a later group, adds to what is there.
+                    m_add = m_here[:, None] & (o_c < dim * added)[None, :]
+                    b_before = tl.load(p_partial + o_x, mask=m_add, other=0.0)
+                o_p = o_next
+                m_t = o_p >= 0
+                o_ahead = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
+                next_x = tl.load(p_x + o_ahead, mask=m_t[:, None] & m_c[None, :], other=0.0)
+                next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
+                next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
+                next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
+                o_t += move
+                o_next = _load_pixels(p_pixels, o_t, tl.where(step + 2 < n_tiles, o_rend, 0))
+                m_x = m_here[:, None] & m_c[None, :]
+                b_d = _steps(b_dt, m_here, b_w, b_bias, LOW_RANK, SOFTPLUS, PRECISION)
                 b_dx = b_d * b_x
                 b_y = b_D[None, :] * b_x
                 if AGGREGATE:
@@ -221,25 +233,21 @@ def selective_scan_fwd_kernel(
                     if N > 1:
                         b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
                         b_h = tl.load(p_slot + n * (CH * BC))
-                    b_B = _load_column(p_B + n, o_brow + o_p * stride_b_p, m_t)
+                        b_B = _load_column(p_B + n, o_brow + o_here * stride_b_p, m_here)
                     h_0, h_1, h_2, b_h = _recur(b_h, tl.exp2(b_d * b_A[None, :]), b_dx * b_B[:, None], CH, BC)
                     if N > 1:
                         tl.store(p_slot + n * (CH * BC), b_h)
                     if not AGGREGATE:
-                        b_C = _load_column(p_C + n, o_crow + o_p * stride_c_p, m_t)
+                        if N > 1:
+                            b_C = _load_column(p_C + n, o_crow + o_here * stride_c_p, m_here)
                         b_y += _join_time(h_0, h_1, h_2, b_h, CH, BC) * b_C[:, None]
                 if not AGGREGATE:
-                    # The second walk, and every walk of a later group, adds to what is there.
-                    added = tl.maximum(add, tl.where(k_forward >= 0, direction, 0))
-                    m_add = m_t[:, None] & (o_c < dim * added)[None, :]
-                    b_y += tl.load(p_partial + o_x, mask=m_add, other=0.0)
+                    b_y += b_before
                     if OUTPUT:
-                        m_out = m_t[:, None] & (o_c < dim * direction)[None, :]
+                        m_out = m_here[:, None] & (o_c < dim * direction)[None, :]
                         tl.store(p_y + o_x, b_y.to(p_y.dtype.element_ty), mask=m_out)
-                        m_x = m_t[:, None] & (o_c < dim * (1 - direction))[None, :]
+                        m_x = m_here[:, None] & (o_c < dim * (1 - direction))[None, :]
                     tl.store(p_partial + o_x, b_y, mask=m_x)
-                o_t += move
-                o_i, o_p = _advance(o_i, o_p, move, path_height, path_stride)
             o_end = (o_path * segments + o_segment) * dim
             o_last = tl.where(direction == 0, segments - 1, 0)
             m_keep = (m_lane & (o_segment == o_last))[:, None] & (o_c < dim * keep_last)[None, :]

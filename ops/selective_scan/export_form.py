@@ -41,7 +41,7 @@ def export_form(*args: Any) -> tuple[Tensor, Tensor]:
     batch, height, width, dim = call.x.shape
     routes = len(call.routes)
     length = height * width
-    spans = (length + SPAN - 1) // SPAN + 1
+    spans = (length + 2 * SPAN - 1) // SPAN
     layout = (SPAN, routes, spans, batch)
     working = torch.float64 if call.x.dtype == torch.float64 else torch.float32
     walk = _walk(call, length, spans, working)

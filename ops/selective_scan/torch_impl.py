@@ -3,11 +3,11 @@
 A route is scanned as blocks of consecutive pixels. The position inside a block is a Python loop, vectorised over
 images, blocks, channels and states; a chain over the blocks then hands each block the state it starts from:
 
-    1. from a zero state, the last state of every block        h <- a_t h + b_t           T steps over all blocks
-    2. the state with which every block starts                 e_{j+1} = h_j + exp(A sum_t d_t) e_j     one step a block
-    3. from that state, every state                            h <- a_t h + b_t           T steps over all blocks
+    1. from a zero state, the last state of every block     h <- a_t h + b_t                one operation a position
+    2. the state with which every block starts              e <- h + exp(A sum_t d_t) e     one operation a block
+    3. from that state, every state                         h <- a_t h + b_t                one operation a position
 
-with a_t = exp(d_t A) and b_t = d_t B_t x_t, so that about 2 sqrt(2 L) steps replace L, and no step divides by a decay
+with a_t = exp(d_t A) and b_t = d_t B_t x_t: about 2 sqrt(2 L) operations for L steps, none of which divides by a decay
 (which may be 0). The backward pass recomputes the states from a saved one and runs the same scan against the route for
 the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}, from which every gradient follows.
 
@@ -30,8 +30,8 @@ from torch import Tensor
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
-_WORKING_SET_CPU = 2**18
-"""Elements a buffer: a few of them stay in a CPU's caches."""
+_WORKING_SET_CPU = 2**17
+"""Elements a buffer: small enough for caches, and for an allocator to hand the same pages out again."""
 _WORKING_SET = 2**24
 """Elements a buffer on any other device, where a launch must be long to be worth its overhead."""
 _WIDE = 16

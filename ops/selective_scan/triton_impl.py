@@ -19,6 +19,7 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from subquad.ops import _triton
 from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_aggregate
 from subquad.ops.selective_scan._triton_forward import selective_scan_chain_kernel, selective_scan_fwd_kernel
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
-from subquad.ops.selective_scan.routes import COLUMN, REVERSED
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED, route_order
 
 _LANES = 8
 _STEPS = 4
@@ -65,10 +66,6 @@ class _Group(NamedTuple):
     reversed: int
     column: int
 
-    def geometry(self, height: int, width: int) -> tuple[int, int]:
-        """The path as columns: pixels in a column and their distance; a row-major path is a single column."""
-        return (height, width) if self.column and height > 1 else (height * width, 1)
-
 
 def _groups(codes: list[int]) -> list[_Group]:
     """Pair each route with a later one that walks the same path the other way round."""
@@ -82,6 +79,16 @@ def _groups(codes: list[int]) -> list[_Group]:
         else:
             groups.append(_Group(-1, -1, column)._replace(**{field: k}))
     return groups
+
+
+def _pixels(group: _Group, height: int, width: int, device: torch.device) -> Tensor:
+    """Row-major pixels along the group's path, walked forwards, int32 (L,)."""
+    return _path_pixels(group.column, height, width, device)
+
+
+@lru_cache(maxsize=256)
+def _path_pixels(column: int, height: int, width: int, device: torch.device) -> Tensor:
+    return route_order(column, height, width, None, device).to(torch.int32)
 
 
 class _Plan(NamedTuple):
@@ -219,8 +226,8 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     def launch(group: _Group, entry: int, aggregate: bool) -> None:
         selective_scan_fwd_kernel[programs](
             x, dt.tensor, inputs.weight, inputs.bias, inputs.A, B.tensor, C.tensor, inputs.D,
-            given, states, ends, sums, partial, y, waiting,
-            plan.lanes, plan.length, *group.geometry(height, width), *plan.sizes, states.shape[2], dim, plan.rank,
+            given, states, ends, sums, partial, y, waiting, _pixels(group, height, width, x.device),
+            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, plan.rank,
             *dt.strides, *B.strides, *C.strides,
             n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), int(call.return_last_state),
             ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
@@ -244,7 +251,7 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
     x, dt, B, C, grad_y = inputs.x, inputs.dt, inputs.B, inputs.C, grad_y.contiguous()
     block = plan.config.backward_block
     blocks = triton.cdiv(dim, block)
-    wanted = triton.cdiv(plan.config.waves * _triton.multiprocessor_count(x.device), plan.lane_programs)
+    wanted = max(1, plan.config.waves // 2 * _triton.multiprocessor_count(x.device) // plan.lane_programs)
     blocks_each = triton.cdiv(blocks, min(blocks, wanted))
     channel_programs = triton.cdiv(blocks, blocks_each)
     low_rank = call.dt_weight is not None
@@ -270,8 +277,8 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
             states_waiting = scratch(plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
             for group in plan.groups:
                 selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
-                    grad_y, *shared, C.tensor, ends, sums, states_waiting,
-                    plan.lanes, plan.length, *group.geometry(height, width), plan.segments, plan.segment_chunks,
+                    grad_y, *shared, C.tensor, ends, sums, states_waiting, _pixels(group, height, width, x.device),
+                    plan.lanes, plan.length, plan.segments, plan.segment_chunks,
                     dim, plan.rank, *dt.strides, *C.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
                 )  # fmt: skip
             mask = ~_reversed_mask(call) & ((1 << n_routes) - 1)
@@ -281,7 +288,8 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
             selective_scan_bwd_kernel[(channel_programs, plan.lane_programs)](
                 grad_y, x, *shared, B.tensor, C.tensor, inputs.D, states, states if entering is None else entering,
                 waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
-                plan.lanes, plan.length, *group.geometry(height, width), *plan.sizes, states.shape[2], dim, plan.rank,
+                _pixels(group, height, width, x.device),
+                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, plan.rank,
                 *dt.strides, *B.strides, *C.strides,
                 n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, row_width, batch,
                 ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,

@@ -1,0 +1,63 @@
+"""From a family's table of variants to timm's registry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+from subquad.backbones import weights
+
+_names: list[str] = []
+
+
+def model_names() -> list[str]:
+    """Names of this library's models in timm's registry, family by family."""
+    return list(_names)
+
+
+def register_variants(
+    module: str,
+    model: type[nn.Module],
+    variants: Mapping[str, Mapping[str, Any]],
+    filter_fn: weights.FilterFn,
+    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+) -> None:
+    """Register each row of a family's table with timm, as a function of that name in the family's module.
+
+    Args:
+        module: ``__name__`` of the family's module, whose ``default_cfgs`` timm reads.
+        model: class to build.
+        variants: name to constructor arguments, which ``create_model``'s own override.
+        filter_fn: the family's ``checkpoint_filter_fn``.
+        out_indices: feature levels of ``features_only=True``.
+    """
+    for name, options in variants.items():
+        entry = _entry_point(name, model, options, filter_fn, out_indices)
+        entry.__name__ = entry.__qualname__ = name
+        entry.__module__ = module
+        setattr(sys.modules[module], name, register_model(entry))
+        _names.append(name)
+
+
+def _entry_point(
+    name: str,
+    model: type[nn.Module],
+    options: Mapping[str, Any],
+    filter_fn: weights.FilterFn,
+    out_indices: tuple[int, ...],
+) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            model,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
+            **{**options, **kwargs},
+        )
+
+    return entry

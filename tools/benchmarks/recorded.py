@@ -1,0 +1,66 @@
+"""Figures of official code that were recorded in another run; shown only on the same kind of GPU, labelled as such.
+
+Source: one NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuDNN 9.19, 2026-11-22. MzeroMiko/VMamba@2ed52ea
+with its ``selective_scan_cuda_oflex`` kernels (three lines patched for CUDA 13) and its Triton cross scan and merge.
+Ops: medians of device-event times with the L2 flushed, bfloat16 in, float32 parameters and scan output. Models:
+bfloat16 AMP, eager, random inputs, medians of at least 10 steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GPU = "NVIDIA H100 80GB HBM3"
+SYSTEM = "official VMamba, recorded in another run"
+
+CORE: dict[tuple[tuple[int, int, int, int], int], tuple[float, float, float]] = {
+    ((128, 96, 56, 56), 1): (2.13, 5.63, 1637),
+    ((128, 192, 28, 28), 1): (0.97, 2.67, 816),
+    ((128, 384, 14, 14), 1): (0.44, 1.44, 410),
+    ((128, 768, 7, 7), 1): (0.49, 1.45, 206),
+    ((8, 96, 256, 256), 1): (2.19, 5.70, 2137),
+    ((8, 192, 128, 128), 1): (1.10, 2.93, 1062),
+    ((8, 384, 64, 64), 1): (0.55, 1.62, 530),
+    ((8, 768, 32, 32), 1): (0.26, 0.86, 265),
+    ((1, 96, 256, 256), 1): (0.31, 0.87, 267),
+    ((1, 192, 256, 256), 1): (0.62, 1.52, 531),
+    ((128, 192, 56, 56), 1): (4.23, 11.2, 3254),
+    ((128, 96, 56, 56), 16): (7.35, 31.5, 1924),
+    ((128, 192, 28, 28), 16): (3.02, 11.0, 897),
+    ((128, 384, 14, 14), 16): (1.64, 6.10, 449),
+    ((128, 768, 7, 7), 16): (1.94, 6.08, 256),
+    ((128, 192, 56, 56), 16): (14.6, 62.5, 3552),
+    ((8, 96, 256, 256), 16): (5.42, 22.7, 2508),
+    ((1, 96, 256, 256), 16): (0.84, 3.57, 314),
+}
+"""(B, E, H, W), N: forward ms, forward + backward ms, peak MiB of cross scan + scan + cross merge, step size given."""
+
+CORE_PROJ: dict[tuple[int, int, int, int], tuple[float, float]] = {
+    (128, 96, 56, 56): (3.63, 9.61),
+    (128, 192, 28, 28): (1.58, 4.62),
+    (128, 384, 14, 14): (0.85, 2.92),
+    (128, 768, 7, 7): (0.76, 2.43),
+    (8, 96, 256, 256): (4.13, 11.2),
+    (8, 192, 128, 128): (1.86, 6.97),
+    (8, 384, 64, 64): (0.95, 2.78),
+    (8, 768, 32, 32): (1.46, 2.31),
+    (1, 96, 256, 256): (0.63, 2.98),
+}
+"""(B, E, H, W) at N = 1: forward ms, forward + backward ms with both projections."""
+
+
+class Model(NamedTuple):
+    """Throughput of a whole official model: img/s, and peak MiB of a training step where it was noted."""
+
+    infer: float
+    train: float
+    train_mib: float | None
+
+
+MODELS: dict[tuple[str, int, int], Model] = {
+    ("vmamba_tiny", 224, 128): Model(2885, 1080, 11902),
+    ("vmamba_tiny", 512, 32): Model(605, 228, 15476),
+    ("vmamba_tiny", 1024, 8): Model(146, 53.8, 15522),
+    ("vmamba_tiny", 2048, 2): Model(35.4, 13.3, 15522),
+}
+"""(our name of the model, resolution, batch): the official code's figures (T[s1l8]; N = 1)."""

@@ -1,0 +1,1 @@
+"""What ``subquad train`` is made of beside its loop: images, checkpoints, reports."""
