@@ -41,7 +41,7 @@ def scan_cross(
     # The last states are asked for because the operator saves at least two then: torch.export would take a single one
     # on a small example for a rule, and refuse larger maps.
     if torch.jit.is_scripting():
-        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        # The operator itself with CROSS as codes, because TorchScript cannot compile the checks of the public function.
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)
         y, _ = torch.ops.subquad.selective_scan(
             x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), None, None, [0, 1, 2, 3], True, out_dtype, True
@@ -138,11 +138,11 @@ class SS2D(nn.Module):
         if self.gate_proj is not None:
             gate = F.silu(self.gate_proj(x))
         x = self.in_proj(x)
-        # The convolution sees the same memory as a channels-last (B, E, H, W).
+        # The convolution sees the same memory as a channels-last (B, E, H, W), and mostly answers in that format.
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = F.silu(x).contiguous()
         # (B, H, W, K, R + 2 N): projections commute with routes, so that the map is projected once, in place
-        projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, sum(self.sizes)))
+        projected = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
         dt, B, C = projected.split(self.sizes, dim=-1)
         y = scan_cross(x, dt, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias)
         y = self.out_act(self.out_norm(y).type_as(x))

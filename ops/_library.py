@@ -50,6 +50,6 @@ def define(
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks activations to have on ``device``, or None outside autocast."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

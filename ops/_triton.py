@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
+
+_Config = TypeVar("_Config", bound=NamedTuple)
 
 
 def interpreting() -> bool:
@@ -36,3 +42,43 @@ def multiprocessor_count(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 8
+
+
+def tuned(
+    key: str, x: torch.Tensor, candidates: Sequence[_Config], default: _Config, run: Callable[[_Config], object]
+) -> _Config:
+    """The launch choices for a call: ``default``, or with ``SUBQUAD_AUTOTUNE=1`` the fastest of ``candidates``.
+
+    The search runs once for a key and GPU and is kept in ``autotune.json`` in the folder that ``SUBQUAD_CACHE`` names
+    (``~/.cache/subquad`` by default).
+    """
+    if os.environ.get("SUBQUAD_AUTOTUNE") != "1" or x.device.type != "cuda":
+        return default
+    key = f"{torch.cuda.get_device_name(x.device)} {key}"
+    found = _tuning_cache()
+    if key not in found:
+        from triton.testing import do_bench
+
+        with torch.cuda.device(x.device):
+            times = [do_bench(lambda config=config: run(config), return_mode="median") for config in candidates]
+        found[key] = list(candidates[times.index(min(times))])
+        _write_tuning_cache(found)
+    return type(default)(*found[key])
+
+
+def _tuning_file() -> Path:
+    return Path(os.environ.get("SUBQUAD_CACHE", "~/.cache/subquad")).expanduser() / "autotune.json"
+
+
+@cache
+def _tuning_cache() -> dict[str, list[int]]:
+    file = _tuning_file()
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _write_tuning_cache(found: dict[str, list[int]]) -> None:
+    file = _tuning_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(found, indent=1, sort_keys=True))
+    os.replace(part, file)

@@ -1,7 +1,8 @@
 """``subquad export``: a model as a torch.export program, an ONNX file, safetensors, or a folder that timm loads.
 
-    torch        .pt2 of ``torch.export`` with dynamic batch, height and width; run it after ``import subquad``
-    onnx         standard ONNX operators only, dynamic batch, height and width; input ``image``, output ``logits``
+    torch        .pt2 of ``torch.export`` with dynamic batch, height and width, as long as no map inside is one pixel
+                 high or wide; run it after ``import subquad``
+    onnx         standard ONNX operators only, any batch, height and width; input ``image``, output ``logits``
     safetensors  the weights under this library's names
     hf           config.json and model.safetensors for ``timm.create_model("local-dir:FOLDER", pretrained=True)``
 
@@ -11,9 +12,10 @@ its final name.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -32,10 +34,8 @@ from subquad.backbones import weights
 from subquad.backbones.registry import model_names
 from subquad.ops.selective_scan.export_form import export_form
 
-try:
+with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
     from tyro.conf import arg
-except ImportError:
-    pass  # only the command line reads the annotation, and it cannot run without tyro
 
 TOLERANCE = 1e-4
 """Largest difference from the model that a program may show, relative to the largest magnitude of the output."""
@@ -47,6 +47,8 @@ _SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "h
 _OLDEST_OPSET = 18
 # Sizes 0 and 1 are constants to torch.export, so it is shown a batch of two; the program takes any.
 _TRACED_BATCH = 2
+_SMALLEST_TRACED = 64
+_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Options:
     """Input channels, the model's default if not given."""
 
     image_size: int | tuple[int, int] | None = None
-    """Size, or height and width, to trace at (torch, onnx); the model's default if not given. The result takes any."""
+    """Size, or height and width, to trace at (torch, onnx), the model's default if not given. Other sizes run too."""
 
     opset: int | None = None
     """ONNX operator set, PyTorch's default if not given."""
@@ -137,9 +139,12 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"opset must be at least {_OLDEST_OPSET}, got {options.opset}")
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where the weights come from")
-    for name in ("num_classes", "in_chans"):
-        if (value := getattr(options, name)) is not None and value < (0 if name == "num_classes" else 1):
-            raise ValueError(f"{name} must be positive, got {value}")
+    if options.num_classes is not None and options.num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {options.num_classes}")
+    if options.in_chans is not None and options.in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {options.in_chans}")
+    if traced and min(_input_size(options)[1:]) < _SMALLEST_TRACED:
+        raise ValueError(f"image_size to trace at must be at least {_SMALLEST_TRACED}, got {options.image_size}")
     _check_output(options.output, _SUFFIXES[options.format])
     if options.format == "onnx":
         packages = ["onnx", "onnxscript", *(["onnxruntime"] if options.check else [])]
@@ -159,9 +164,9 @@ def _check_output(output: Path, suffix: str) -> None:
         raise ValueError(f"output {output} exists and is not an empty folder")
 
 
-def _model(options: Options) -> nn.Module:
-    sizes = {"num_classes": options.num_classes, "in_chans": options.in_chans}
-    model = timm.create_model(options.model, pretrained=options.pretrained, **sizes)
+def _model(options: Options) -> Any:
+    sizes: dict[str, Any] = {"num_classes": options.num_classes, "in_chans": options.in_chans}
+    model: Any = timm.create_model(options.model, pretrained=options.pretrained, **sizes)
     if options.checkpoint is not None:
         weights.load_checkpoint(model, options.checkpoint)
     if options.features:
@@ -204,18 +209,21 @@ def _write_torch(model: nn.Module, path: Path, options: Options) -> str:
     return _compare(model, lambda image: _as_list(loaded(image)), options)
 
 
-def _write_onnx(model: nn.Module, path: Path, options: Options) -> str:
+def _write_onnx(model: Any, path: Path, options: Options) -> str:
     program = _trace(model, options).run_decompositions(EXPORT_FORMS)
     names = [f"features_{i}" for i in range(len(model.feature_info.out_indices))] if options.features else ["logits"]
+    # It warns of each scan that has no output but its last state.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     exported = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["image"],
         output_names=names,
+        dynamic_shapes={"image": _AXES},
         opset_version=options.opset,
         verbose=False,
     )
-    _rename_axes(exported.model)
+    assert exported is not None  # None comes only from the older exporter
     exported.save(path)
     foreign = {node.domain for node in exported.model.graph.all_nodes()} - {""}
     if foreign or exported.model.functions:
@@ -232,14 +240,16 @@ def _write_onnx(model: nn.Module, path: Path, options: Options) -> str:
 
 def _trace(model: nn.Module, options: Options) -> ExportedProgram:
     image = torch.zeros(_TRACED_BATCH, *_input_size(options))
-    dynamic = {"image": {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}}
+    dynamic = {"image": dict.fromkeys(_AXES, Dim.AUTO)}
     with torch.no_grad():
         return torch.export.export(_Image(model), (image,), dynamic_shapes=dynamic)
 
 
 def _input_size(options: Options) -> tuple[int, int, int]:
     """Channels, height and width to trace at."""
-    channels, *default = timm.get_pretrained_cfg(options.model).input_size
+    cfg = timm.get_pretrained_cfg(options.model)
+    assert cfg is not None  # every model of the library has one
+    channels, *default = cfg.input_size
     size = options.image_size
     height, width = default if size is None else (size, size) if isinstance(size, int) else size
     return options.in_chans or channels, height, width
@@ -261,7 +271,7 @@ def _compare(model: nn.Module, program: Callable[[Tensor], Sequence[Tensor]], op
                 f"the model {[tuple(value.shape) for value in expected]}"
             )
         for output, value in zip(outputs, expected, strict=True):
-            difference = float((output - value).abs().max() / value.abs().max())
+            difference = float((output.detach() - value).abs().max() / value.abs().max())
             if not difference <= TOLERANCE:  # also catches NaN
                 raise RuntimeError(
                     f"at {tuple(image.shape)} the program differs from the model by {difference:.2g} of the largest "
@@ -276,14 +286,6 @@ def _as_list(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _rename_axes(onnx_model: Any) -> None:
-    """Readable names for the free axes of the input, which the exporter calls s0, s1, ... everywhere."""
-    free = dict(zip((0, 2, 3), ("batch", "height", "width"), strict=True))
-    symbols = {str(onnx_model.graph.inputs[0].shape[axis]): name for axis, name in free.items()}
-    for value in (*onnx_model.graph.inputs, *onnx_model.graph.outputs):
-        print(value.name, value.shape)
-
-
 # Weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,12 +297,11 @@ def _write_safetensors(model: nn.Module, path: Path, options: Options) -> str:
 
 
 def _write_hf(model: Any, path: Path, options: Options) -> str:
-    channels, height, width = model.in_chans, *model.pretrained_cfg["input_size"][1:]
     # The folder holds weights of this model under this library's names: nothing is left to adapt or to map.
-    model.pretrained_cfg = dict(
-        model.pretrained_cfg, input_size=(channels, height, width), num_classes=model.num_classes, custom_load=False
-    )
-    args = {"num_classes": model.num_classes, "in_chans": channels}
+    cfg = model.pretrained_cfg
+    input_size = (model.in_chans, *cfg["input_size"][1:])
+    model.pretrained_cfg = dict(cfg, input_size=input_size, num_classes=model.num_classes, custom_load=False)
+    args = {"num_classes": model.num_classes, "in_chans": model.in_chans}
     save_for_hf(model, str(path), model_args=args, safe_serialization=True)
     if not options.check:
         return ""

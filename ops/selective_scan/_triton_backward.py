@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from subquad.ops.selective_scan._triton_forward import (
+    _column,
     _exp_minus_abs,
-    _expand_steps,
     _join_time,
-    _load_column,
     _load_pixels,
-    _load_steps,
+    _load_rows,
+    _load_states,
     _load_weight,
+    _raw_steps,
     _recur,
     _softplus,
     _split_time,
@@ -24,12 +25,12 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def selective_scan_bwd_kernel_aggregate(
-    p_gy, p_dt, p_weight, p_bias, p_A, p_C, p_ends, p_sums, p_scratch, p_pixels,
-    n_lanes, length, segments, segment_chunks, dim, rank,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_c_b, stride_c_p, stride_c_k,
+    p_gy, p_dt, p_rows, p_weight, p_bias, p_A, p_ends, p_sums, p_scratch, p_pixels,
+    n_lanes, length, segments, segment_chunks, dim,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     n_routes, k_forward, k_reversed,
-    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
-    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """q_{t-1} = exp(d_t A) (q_t + C_t gy_t) from q = 0 at the segment's end: the adjoint state that leaves the segment.
 
@@ -59,10 +60,10 @@ def selective_scan_bwd_kernel_aggregate(
             b_bias = tl.load(p_bias + o_e, mask=m_c, other=0.0)
             b_w = 0.0
             if LOW_RANK:
-                b_w = _load_weight(p_weight, o_e, m_c, o_r, rank, p_dt.dtype.element_ty)
+                b_w = _load_weight(p_weight, o_e, m_c, o_r, RANK, p_rows.dtype.element_ty)
             b_A = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
             o_dtrow = o_rbatch * stride_dt_b + k * stride_dt_k
-            o_crow = o_rbatch * stride_c_b + k * stride_c_k
+            o_first = o_rbatch * stride_row_b + k * stride_row_k
             b_q = tl.zeros((CH, BC), dtype=tl.float32)
             if N > 1:
                 for n in range(N):
@@ -71,34 +72,31 @@ def selective_scan_bwd_kernel_aggregate(
             # Against the route: its last step first; the rows of a tile stay in the route's order.
             move = 8 * direction - 4
             o_t = o_rstart + (n_tiles * 4 - 4) * (1 - direction) + 3 * direction + (o_row // CH) * (1 - 2 * direction)
-            o_p = _load_pixels(p_pixels, o_t, o_rend)
-            m_t = o_p >= 0
-            o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-            next_gy = tl.load(p_gy + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-            next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-            next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
-            o_t += move
-            o_next = _load_pixels(p_pixels, o_t, tl.where(n_tiles > 1, o_rend, 0))
-            for step in range(n_tiles):
-                o_here, m_here = o_p, m_t
-                b_gy, b_dt, b_C = next_gy.to(tl.float32), next_dt, next_C.to(tl.float32)
+            o_next = _load_pixels(p_pixels, o_t, o_rend)
+            for _ in range(n_tiles):
                 o_p = o_next
+                o_t += move
+                o_next = _load_pixels(p_pixels, o_t, o_rend)
                 m_t = o_p >= 0
                 o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                next_gy = tl.load(p_gy + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-                next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
-                o_t += move
-                o_next = _load_pixels(p_pixels, o_t, tl.where(step + 2 < n_tiles, o_rend, 0))
-                b_d = _steps(b_dt, m_here, b_w, b_bias, LOW_RANK, SOFTPLUS, PRECISION)
+                o_prow = (o_first + o_p * stride_row_p) * ALIGN
+                b_gy = tl.load(p_gy + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+                b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
+                if N > 1:
+                    b_Cs = _load_states(p_rows, o_prow, m_t, RANK + N, N, NP)
+                b_d = _steps(
+                    p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, SOFTPLUS, PRECISION
+                )
                 b_sum += _sum_time(b_d, CH, BC)
                 for n in range(N):
                     if N > 1:
                         b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
                         b_q = tl.load(p_slot + n * (CH * BC))
-                        b_C = _load_column(p_C + n, o_crow + o_here * stride_c_p, m_here)
+                        b_C = _column(b_Cs, n, NP, BC, PRECISION)
+                    else:
+                        b_C = _column(b_rows, RANK + 1, BR, BC, PRECISION)
                     a_0, a_1, a_2, a_3 = _split_time(tl.exp2(b_d * b_A[None, :]), CH, BC)
-                    c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C[:, None], CH, BC)
+                    c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C, CH, BC)
                     b_q = a_3 * (b_q + c_3)
                     b_q = a_2 * (b_q + c_2)
                     b_q = a_1 * (b_q + c_1)
@@ -116,13 +114,13 @@ def selective_scan_bwd_kernel_aggregate(
 
 @triton.jit
 def selective_scan_bwd_kernel(
-    p_gy, p_x, p_dt, p_weight, p_bias, p_A, p_B, p_C, p_D, p_states, p_q, p_scratch,
+    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_states, p_q, p_scratch,
     p_partial, p_gx, p_gdt, p_grows, p_gparams, p_ginitial, p_pixels,
-    n_lanes, length, segments, segment_chunks, chunks, slots, dim, rank,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_b_b, stride_b_p, stride_b_k, stride_c_b, stride_c_p, stride_c_k,
-    n_routes, k_forward, k_reversed, add, blocks, row_width, images,
-    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
-    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, KEEP_INITIAL: tl.constexpr,
+    n_lanes, length, segments, segment_chunks, chunks, slots, dim,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+    n_routes, k_forward, k_reversed, add, blocks, images,
+    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, KEEP_INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all inputs from the states saved at chunk entries and the adjoint states entering the segments.
@@ -162,8 +160,7 @@ def selective_scan_bwd_kernel(
         k = tl.where(direction == 0, k_forward, k_reversed)
         if k >= 0:
             o_dtrow = o_rbatch * stride_dt_b + k * stride_dt_k
-            o_brow = o_rbatch * stride_b_b + k * stride_b_k
-            o_crow = o_rbatch * stride_c_b + k * stride_c_k
+            o_first = o_rbatch * stride_row_b + k * stride_row_k
             o_path = o_batch * n_routes + k
             added = tl.maximum(add, tl.where(k_forward >= 0, direction, 0))
             for block in range(blocks):
@@ -175,7 +172,7 @@ def selective_scan_bwd_kernel(
                 b_D = tl.load(p_D + o_e, mask=m_c, other=0.0)
                 b_w = 0.0
                 if LOW_RANK:
-                    b_w = _load_weight(p_weight, o_e, m_c, o_r, rank, p_x.dtype.element_ty)
+                    b_w = _load_weight(p_weight, o_e, m_c, o_r, RANK, p_x.dtype.element_ty)
                 p_state = p_states + (o_path * slots * dim)[:, None] * N + (o_c * N)[None, :]
                 b_q = tl.zeros((CH, BC), dtype=tl.float32)
                 b_gA = tl.zeros((CH, BC), dtype=tl.float32)
@@ -202,37 +199,33 @@ def selective_scan_bwd_kernel(
                     move = 4 - 8 * direction
                     o_t = (o_rsegment * segment_chunks + chunk) * (TILES * 4)
                     o_t = o_t + (TILES * 4 - 1) * direction + (o_row // CH) * (1 - 2 * direction)
-                    o_p = _load_pixels(p_pixels, o_t, o_rend)
-                    m_t = o_p >= 0
-                    o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                    next_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                    next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-                    next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
-                    o_t += move
                     o_next = _load_pixels(p_pixels, o_t, o_rend)
                     for tile in range(TILES - 1):
-                        o_here, m_here = o_p, m_t
-                        b_x, b_dt, b_B = next_x.to(tl.float32), next_dt, next_B.to(tl.float32)
                         o_p = o_next
+                        o_t += move
+                        o_next = _load_pixels(p_pixels, o_t, o_rend)
                         m_t = o_p >= 0
                         o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                        next_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                        next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-                        next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
-                        o_t += move
-                        o_next = _load_pixels(p_pixels, o_t, tl.where(tile + 2 < TILES, o_rend, 0))
-                        b_d = _steps(b_dt, m_here, b_w, b_bias, LOW_RANK, SOFTPLUS, PRECISION)
+                        o_prow = (o_first + o_p * stride_row_p) * ALIGN
+                        b_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+                        b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
+                        if N > 1:
+                            b_Bs = _load_states(p_rows, o_prow, m_t, RANK, N, NP)
+                        b_d = _steps(
+                            p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c,
+                            LOW_RANK, SOFTPLUS, PRECISION,
+                        )  # fmt: skip
                         b_dx = b_d * b_x
                         for n in range(N):
                             if N > 1:
                                 b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
                                 b_h = tl.load(p_slot + (tile * N + n) * SLOT)
+                                b_B = _column(b_Bs, n, NP, BC, PRECISION)
                             else:
                                 tl.store(p_slot + tile * SLOT, b_h)
-                            if N > 1:
-                                b_B = _load_column(p_B + n, o_brow + o_here * stride_b_p, m_here)
+                                b_B = _column(b_rows, RANK, BR, BC, PRECISION)
                             b_a = tl.exp2(b_d * b_A[None, :])
-                            _, _, _, b_h = _recur(b_h, b_a, b_dx * b_B[:, None], CH, BC)
+                            _, _, _, b_h = _recur(b_h, b_a, b_dx * b_B, CH, BC)
                             if N > 1:
                                 tl.store(p_slot + ((tile + 1) * N + n) * SLOT, b_h)
                     if N == 1:
@@ -240,59 +233,58 @@ def selective_scan_bwd_kernel(
                     tl.debug_barrier()
                     # Loaded again: triton 3.6 hoists a layout conversion that two loops share into the first of them.
                     b_A2 = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
-                    # The walk above ended one tile short, with the last tile loaded; o_t is the step after it.
-                    o_t -= 2 * move
-                    o_next = _load_pixels(p_pixels, o_t, o_rend)
-                    o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                    next_gy = tl.load(p_gy + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                    next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
                     for step in range(TILES):
                         tile = TILES - 1 - step
-                        o_here, m_here = o_p, m_t
-                        b_x, b_gy, b_dt = next_x.to(tl.float32), next_gy.to(tl.float32), next_dt
-                        b_B, b_C = next_B.to(tl.float32), next_C.to(tl.float32)
-                        m_x = m_here[:, None] & m_c[None, :]
-                        o_x = ((o_rbatch * length + o_here) * dim)[:, None] + o_c[None, :]
+                        o_p = o_next
+                        o_t -= move
+                        o_next = _load_pixels(p_pixels, o_t, o_rend)
+                        m_t = o_p >= 0
+                        m_x = m_t[:, None] & m_c[None, :]
+                        o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
+                        o_prow = (o_first + o_p * stride_row_p) * ALIGN
+                        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+                        b_gy = tl.load(p_gy + o_x, mask=m_x, other=0.0).to(tl.float32)
+                        b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
                         # The second walk, and every walk of a later group, adds to what is there.
-                        m_add = m_here[:, None] & (o_c < dim * added)[None, :]
+                        m_add = m_t[:, None] & (o_c < dim * added)[None, :]
                         b_before = tl.load(p_partial + o_x, mask=m_add, other=0.0)
                         b_first = tl.load(p_slot + tile * (N * SLOT))
-                        o_p = o_next
-                        m_t = o_p >= 0
-                        o_ahead = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                        next_x = tl.load(p_x + o_ahead, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                        next_gy = tl.load(p_gy + o_ahead, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                        next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-                        next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
-                        next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
-                        o_t -= move
-                        o_next = _load_pixels(p_pixels, o_t, tl.where(tile > 1, o_rend, 0))
-                        b_s = _expand_steps(b_dt, b_w, b_bias, LOW_RANK, PRECISION)
+                        if N > 1:
+                            b_Bs = _load_states(p_rows, o_prow, m_t, RANK, N, NP)
+                            b_Cs = _load_states(p_rows, o_prow, m_t, RANK + N, N, NP)
+                        b_s = _raw_steps(
+                            p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, PRECISION
+                        )
                         b_d = b_s
                         if SOFTPLUS:
                             b_exp = _exp_minus_abs(b_s)
                             b_d = _softplus(b_s, b_exp)
-                        b_d = tl.where(m_here[:, None], b_d, 0.0)
+                        b_d = tl.where(m_t[:, None], b_d, 0.0)
                         b_dx = b_d * b_x
                         b_gx = b_D[None, :] * b_gy
                         b_gd = tl.zeros((T, BC), dtype=tl.float32)
+                        b_gB = tl.zeros((T,), dtype=tl.float32)
+                        b_gC = tl.zeros((T,), dtype=tl.float32)
                         # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
-                        p_grow = p_grows + ((o_grow + o_here) * n_routes + k) * row_width
-                        m_more = o_here >= tl.where(block > 0, 0, length)
+                        p_grow = p_grows + ((o_grow + o_p) * n_routes + k) * (RANK + 2 * N)
+                        m_more = o_p >= tl.where(block > 0, 0, length)
                         for n in range(N):
                             if N > 1:
                                 b_A2 = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
                                 b_q = tl.load(p_adjoint + n * SLOT)
                                 b_gA = tl.load(p_gA + n * SLOT)
                                 b_first = tl.load(p_slot + (tile * N + n) * SLOT)
-                                b_B = _load_column(p_B + n, o_brow + o_here * stride_b_p, m_here)
-                                b_C = _load_column(p_C + n, o_crow + o_here * stride_c_p, m_here)
+                                b_B = _column(b_Bs, n, NP, BC, PRECISION)
+                                b_C = _column(b_Cs, n, NP, BC, PRECISION)
+                            else:
+                                b_B = _column(b_rows, RANK, BR, BC, PRECISION)
+                                b_C = _column(b_rows, RANK + 1, BR, BC, PRECISION)
                             b_a = tl.exp2(b_d * b_A2[None, :])
-                            b_b = b_dx * b_B[:, None]
+                            b_b = b_dx * b_B
                             h_0, h_1, h_2, h_3 = _recur(b_first, b_a, b_b, CH, BC)
                             b_hs = _join_time(h_0, h_1, h_2, h_3, CH, BC)
                             a_0, a_1, a_2, a_3 = _split_time(b_a, CH, BC)
-                            c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C[:, None], CH, BC)
+                            c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C, CH, BC)
                             g_3 = b_q + c_3
                             g_2 = a_3 * g_3 + c_2
                             g_1 = a_2 * g_2 + c_1
@@ -300,48 +292,54 @@ def selective_scan_bwd_kernel(
                             b_q = a_0 * g_0
                             b_g = _join_time(g_0, g_1, g_2, g_3, CH, BC)
                             b_gp = b_g * (b_hs - b_b)
-                            b_gx += b_g * (b_d * b_B[:, None])
-                            b_gd += b_g * (b_x * b_B[:, None]) + b_gp * (b_A2 * _LN2)[None, :]
+                            b_gx += b_g * (b_d * b_B)
+                            b_gd += b_g * (b_x * b_B) + b_gp * (b_A2 * _LN2)[None, :]
                             b_gA += _sum_time(b_gp * b_d, CH, BC)
                             if N > 1:
                                 tl.store(p_adjoint + n * SLOT, b_q)
                                 tl.store(p_gA + n * SLOT, b_gA)
-                            p_gB = p_grow + (row_width - 2 * N + n)
-                            p_gC = p_grow + (row_width - N + n)
-                            b_gB = tl.sum(b_g * b_dx, 1) + tl.load(p_gB, mask=m_more, other=0.0)
-                            b_gC = tl.sum(b_gy * b_hs, 1) + tl.load(p_gC, mask=m_more, other=0.0)
-                            tl.store(p_gB, b_gB, mask=m_here)
-                            tl.store(p_gC, b_gC, mask=m_here)
+                            b_gB = tl.sum(b_g * b_dx, 1)
+                            b_gC = tl.sum(b_gy * b_hs, 1)
+                            if N > 1:
+                                p_gB = p_grow + (RANK + n)
+                                p_gC = p_grow + (RANK + N + n)
+                                tl.store(p_gB, b_gB + tl.load(p_gB, mask=m_more, other=0.0), mask=m_t)
+                                tl.store(p_gC, b_gC + tl.load(p_gC, mask=m_more, other=0.0), mask=m_t)
                         if SOFTPLUS:
                             # sigmoid(s); 1 / (1 + e) by rsqrt, a fifth of the instructions of a division.
                             b_root = tl.rsqrt(1.0 + b_exp)
                             b_gd = b_gd * (tl.where(b_s > 0.0, 1.0, b_exp) * (b_root * b_root))
-                        b_gd = tl.where(m_here[:, None], b_gd, 0.0)
+                        b_gd = tl.where(m_t[:, None], b_gd, 0.0)
                         b_gbias += _sum_time(b_gd, CH, BC)
                         b_gD += _sum_time(b_gy * b_x, CH, BC)
                         if LOW_RANK:
-                            b_gdt = tl.dot(b_gd.to(DOT), tl.trans(b_w.to(DOT)), input_precision=PRECISION)  # [T, BR]
-                            m_r = (o_r < rank)[None, :]
-                            p_gr = p_grow[:, None] + o_r[None, :]
-                            b_gdt += tl.load(p_gr, mask=m_more[:, None] & m_r, other=0.0)
-                            tl.store(p_gr, b_gdt, mask=m_here[:, None] & m_r)
-                            b_gw += tl.dot(tl.trans(b_dt.to(DOT)), b_gd.to(DOT), input_precision=PRECISION)
+                            b_grow = tl.dot(b_gd.to(DOT), tl.trans(b_w.to(DOT)), input_precision=PRECISION)  # [T, BR]
+                            b_gw += tl.dot(tl.trans(b_rows.to(DOT)), b_gd.to(DOT), input_precision=PRECISION)
                         else:
-                            p_gdtrow = p_gdt + (((o_rbatch * length + o_here) * n_routes + k) * dim)[:, None]
+                            b_grow = tl.zeros((T, BR), dtype=tl.float32)
+                            p_gdtrow = p_gdt + (((o_rbatch * length + o_p) * n_routes + k) * dim)[:, None]
                             tl.store(p_gdtrow + o_c[None, :], b_gd.to(p_gdt.dtype.element_ty), mask=m_x)
+                        if N == 1:
+                            b_grow = tl.where((o_r == RANK)[None, :], b_gB[:, None], b_grow)
+                            b_grow = tl.where((o_r == RANK + 1)[None, :], b_gC[:, None], b_grow)
+                        if N == 1 or LOW_RANK:
+                            m_r = (o_r < (WIDTH if N == 1 else RANK))[None, :]
+                            p_gr = p_grow[:, None] + o_r[None, :]
+                            b_grow += tl.load(p_gr, mask=m_more[:, None] & m_r, other=0.0)
+                            tl.store(p_gr, b_grow, mask=m_t[:, None] & m_r)
                         b_gx += b_before
                         if OUTPUT:
-                            m_out = m_here[:, None] & (o_c < dim * direction)[None, :]
+                            m_out = m_t[:, None] & (o_c < dim * direction)[None, :]
                             tl.store(p_gx + o_x, b_gx.to(p_gx.dtype.element_ty), mask=m_out)
-                            m_x = m_here[:, None] & (o_c < dim * (1 - direction))[None, :]
+                            m_x = m_t[:, None] & (o_c < dim * (1 - direction))[None, :]
                         tl.store(p_partial + o_x, b_gx, mask=m_x)
                     tl.debug_barrier()
-                width = rank * LOW_RANK + N + 2
+                width = RANK + N + 2
                 p_param = p_gparams + ((tl.program_id(1).to(tl.int64) * n_routes + k) * dim + o_c) * width
                 if LOW_RANK:
-                    m_w = (o_r < rank)[:, None] & m_c[None, :]
+                    m_w = (o_r < RANK)[:, None] & m_c[None, :]
                     tl.store(p_param[None, :] + o_r[:, None], b_gw, mask=m_w)
-                p_param = p_param + rank * LOW_RANK
+                p_param = p_param + RANK
                 m_first = m_state & (o_segment == tl.where(direction == 0, 0, segments - 1))[:, None]
                 for n in range(N):
                     if N > 1:

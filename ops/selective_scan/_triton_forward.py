@@ -34,11 +34,11 @@ def _sum_time(b, CH: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _load_pixels(p_pixels, o_t, o_rend):
-    """Pixels of steps ``o_t`` [T] of a path; -1 beyond its end.
+    """Pixels of steps ``o_t`` [T] of a path; -1 beyond its ends.
 
     Loaded from a table: computing them costs a division in each of the layouts that addresses are needed in.
     """
-    return tl.load(p_pixels + o_t, mask=o_t < o_rend, other=-1)
+    return tl.load(p_pixels + o_t, mask=(o_t >= 0) & (o_t < o_rend), other=-1)
 
 
 @triton.jit
@@ -63,29 +63,49 @@ def _softplus(b_s, b_e):
 
 
 @triton.jit
-def _load_steps(p_dt, o_row, m_t, o_c, m_c, o_r, rank, LOW_RANK: tl.constexpr):
-    """Rows of dt at offsets ``o_row`` [T]: low-rank [T, BR] or full [T, BC]."""
-    if LOW_RANK:
-        b_dt = tl.load(p_dt + o_row[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < rank)[None, :], other=0.0)
-    else:
-        b_dt = tl.load(p_dt + o_row[:, None] + o_c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
-    return b_dt
+def _load_rows(p_rows, o_row, m_t, o_r, WIDTH: tl.constexpr):
+    """Packed rows of pixels, [T, BR]: R low-rank steps, then N of B and N of C; ``o_row`` [T] are their offsets."""
+    return tl.load(p_rows + o_row[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _expand_steps(b_dt, b_w, b_bias, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr):
-    """Step sizes before softplus, [T, BC]."""
+def _column(b_rows, column, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+    """One column of ``b_rows`` [T, BR] broadcast over channels, [T, BC] in float32.
+
+    A product with a unit vector is exact and arrives in the layout of the step sizes; loading the column would touch
+    every row's cache line again, which is what bounds these kernels.
+    """
+    b_unit = tl.where(tl.arange(0, BR)[:, None] == column, 1.0, 0.0)
+    b_unit = tl.broadcast_to(b_unit, (BR, BC)).to(b_rows.dtype)
+    return tl.dot(b_rows, b_unit, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_states(p_rows, o_row, m_t, first, N: tl.constexpr, NP: tl.constexpr):
+    """N columns of packed rows from ``first`` on, [T, NP]."""
+    o_n = tl.arange(0, NP)
+    return tl.load(p_rows + o_row[:, None] + (first + o_n)[None, :], mask=m_t[:, None] & (o_n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _raw_steps(
+    p_dt, o_dt, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Step sizes before softplus, [T, BC]: rows times weight, or the full-rank steps at offsets ``o_dt`` [T]."""
     if LOW_RANK:
-        b_s = tl.dot(b_dt, b_w, input_precision=PRECISION)
+        b_s = tl.dot(b_rows, b_w, input_precision=PRECISION)
     else:
-        b_s = b_dt.to(tl.float32)
+        b_s = tl.load(p_dt + o_dt[:, None] + o_c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
     return b_s + b_bias[None, :]
 
 
 @triton.jit
-def _steps(b_dt, m_t, b_w, b_bias, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr):
+def _steps(
+    p_dt, o_dt, b_rows, m_t, b_w, b_bias, o_c, m_c,
+    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Step sizes [T, BC]; 0 beyond the path's end, where the state must stay as it is."""
-    b_d = _expand_steps(b_dt, b_w, b_bias, LOW_RANK, PRECISION)
+    b_d = _raw_steps(p_dt, o_dt, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, PRECISION)
     if SOFTPLUS:
         b_d = _softplus(b_d, _exp_minus_abs(b_d))
     return tl.where(m_t[:, None], b_d, 0.0)
@@ -97,12 +117,6 @@ def _load_weight(p_weight, o_e, m_c, o_r, rank, dtype: tl.constexpr):
     return tl.load(
         p_weight + o_e[None, :] * rank + o_r[:, None], mask=(o_r < rank)[:, None] & m_c[None, :], other=0.0
     ).to(dtype)
-
-
-@triton.jit
-def _load_column(p, o_row, m_t):
-    """One number a pixel, [T], in float32."""
-    return tl.load(p + o_row, mask=m_t, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -122,12 +136,12 @@ def _recur(b_h, b_a, b_b, CH: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def selective_scan_fwd_kernel(
-    p_x, p_dt, p_weight, p_bias, p_A, p_B, p_C, p_D, p_initial, p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
-    n_lanes, length, segments, segment_chunks, chunks, slots, dim, rank,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_b_b, stride_b_p, stride_b_k, stride_c_b, stride_c_p, stride_c_k,
+    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_initial, p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
+    n_lanes, length, segments, segment_chunks, chunks, slots, dim,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     n_routes, k_forward, k_reversed, add, keep_last,
-    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
-    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, AGGREGATE: tl.constexpr,
+    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, AGGREGATE: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(d_t A) h_{t-1} + d_t B_t x_t;  y_t = C_t . h_t + D x_t, summed over the routes of one group.
@@ -165,11 +179,10 @@ def selective_scan_fwd_kernel(
             b_D = tl.load(p_D + o_e, mask=m_c, other=0.0)
             b_w = 0.0
             if LOW_RANK:
-                b_w = _load_weight(p_weight, o_e, m_c, o_r, rank, p_x.dtype.element_ty)
+                b_w = _load_weight(p_weight, o_e, m_c, o_r, RANK, p_x.dtype.element_ty)
             b_A = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
             o_dtrow = o_rbatch * stride_dt_b + k * stride_dt_k
-            o_brow = o_rbatch * stride_b_b + k * stride_b_k
-            o_crow = o_rbatch * stride_c_b + k * stride_c_k
+            o_first = o_rbatch * stride_row_b + k * stride_row_k
             o_path = o_batch * n_routes + k
             p_state = p_states + (o_path * slots * dim)[:, None] * N + (o_c * N)[None, :]
             o_entry = o_segment * segment_chunks
@@ -188,43 +201,38 @@ def selective_scan_fwd_kernel(
             move = 4 - 8 * direction
             o_t = o_rstart + (n_tiles * 4 - 1) * direction + (o_row // CH) * (1 - 2 * direction)
             added = tl.maximum(add, tl.where(k_forward >= 0, direction, 0))
-            # Everything that a tile reads is loaded one tile ahead, and its pixels two.
-            o_p = _load_pixels(p_pixels, o_t, o_rend)
-            m_t = o_p >= 0
-            o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-            next_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0)
-            next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-            next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
-            next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
-            o_t += move
-            o_next = _load_pixels(p_pixels, o_t, tl.where(n_tiles > 1, o_rend, 0))
+            o_next = _load_pixels(p_pixels, o_t, o_rend)
             for step in range(n_tiles):
                 if not AGGREGATE:  # noqa: SIM102
                     if step % TILES == 0:
-                        o_chunk = o_segment * segment_chunks + tl.where(direction == 0, step, n_tiles - 1 - step) // TILES
+                        o_chunk = (
+                            o_segment * segment_chunks + tl.where(direction == 0, step, n_tiles - 1 - step) // TILES
+                        )
                         m_save = m_state & (o_chunk < chunks)[:, None]
                         for n in range(N):
                             if N > 1:
                                 b_h = tl.load(p_slot + n * (CH * BC))
                             tl.store(p_state + (o_chunk * dim)[:, None] * N + n, b_h, mask=m_save)
-                o_here, m_here = o_p, m_t
-                b_x, b_dt, b_B, b_C = next_x.to(tl.float32), next_dt, next_B.to(tl.float32), next_C.to(tl.float32)
-                o_x = ((o_rbatch * length + o_here) * dim)[:, None] + o_c[None, :]
+                o_p = o_next
+                o_t += move
+                o_next = _load_pixels(p_pixels, o_t, o_rend)
+                m_t = o_p >= 0
+                m_x = m_t[:, None] & m_c[None, :]
+                o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
+                # Strides come divided by ALIGN: that lets the compiler see how wide it can load.
+                o_prow = (o_first + o_p * stride_row_p) * ALIGN
+                b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)  # [T, BC]
+                b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
+                if N > 1:
+                    b_Bs = _load_states(p_rows, o_prow, m_t, RANK, N, NP)
+                    b_Cs = _load_states(p_rows, o_prow, m_t, RANK + N, N, NP)
                 if not AGGREGATE:
                     # The second walk, and every walk of a later group, adds to what is there.
-                    m_add = m_here[:, None] & (o_c < dim * added)[None, :]
+                    m_add = m_t[:, None] & (o_c < dim * added)[None, :]
                     b_before = tl.load(p_partial + o_x, mask=m_add, other=0.0)
-                o_p = o_next
-                m_t = o_p >= 0
-                o_ahead = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                next_x = tl.load(p_x + o_ahead, mask=m_t[:, None] & m_c[None, :], other=0.0)
-                next_dt = _load_steps(p_dt, o_dtrow + o_p * stride_dt_p, m_t, o_c, m_c, o_r, rank, LOW_RANK)
-                next_B = tl.load(p_B + o_brow + o_p * stride_b_p, mask=m_t, other=0.0)
-                next_C = tl.load(p_C + o_crow + o_p * stride_c_p, mask=m_t, other=0.0)
-                o_t += move
-                o_next = _load_pixels(p_pixels, o_t, tl.where(step + 2 < n_tiles, o_rend, 0))
-                m_x = m_here[:, None] & m_c[None, :]
-                b_d = _steps(b_dt, m_here, b_w, b_bias, LOW_RANK, SOFTPLUS, PRECISION)
+                b_d = _steps(
+                    p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, SOFTPLUS, PRECISION
+                )
                 b_dx = b_d * b_x
                 b_y = b_D[None, :] * b_x
                 if AGGREGATE:
@@ -233,20 +241,24 @@ def selective_scan_fwd_kernel(
                     if N > 1:
                         b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
                         b_h = tl.load(p_slot + n * (CH * BC))
-                        b_B = _load_column(p_B + n, o_brow + o_here * stride_b_p, m_here)
-                    h_0, h_1, h_2, b_h = _recur(b_h, tl.exp2(b_d * b_A[None, :]), b_dx * b_B[:, None], CH, BC)
+                        b_B = _column(b_Bs, n, NP, BC, PRECISION)
+                    else:
+                        b_B = _column(b_rows, RANK, BR, BC, PRECISION)
+                    h_0, h_1, h_2, b_h = _recur(b_h, tl.exp2(b_d * b_A[None, :]), b_dx * b_B, CH, BC)
                     if N > 1:
                         tl.store(p_slot + n * (CH * BC), b_h)
                     if not AGGREGATE:
                         if N > 1:
-                            b_C = _load_column(p_C + n, o_crow + o_here * stride_c_p, m_here)
-                        b_y += _join_time(h_0, h_1, h_2, b_h, CH, BC) * b_C[:, None]
+                            b_C = _column(b_Cs, n, NP, BC, PRECISION)
+                        else:
+                            b_C = _column(b_rows, RANK + 1, BR, BC, PRECISION)
+                        b_y += _join_time(h_0, h_1, h_2, b_h, CH, BC) * b_C
                 if not AGGREGATE:
                     b_y += b_before
                     if OUTPUT:
-                        m_out = m_here[:, None] & (o_c < dim * direction)[None, :]
+                        m_out = m_t[:, None] & (o_c < dim * direction)[None, :]
                         tl.store(p_y + o_x, b_y.to(p_y.dtype.element_ty), mask=m_out)
-                        m_x = m_here[:, None] & (o_c < dim * (1 - direction))[None, :]
+                        m_x = m_t[:, None] & (o_c < dim * (1 - direction))[None, :]
                     tl.store(p_partial + o_x, b_y, mask=m_x)
             o_end = (o_path * segments + o_segment) * dim
             o_last = tl.where(direction == 0, segments - 1, 0)

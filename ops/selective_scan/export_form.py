@@ -1,14 +1,15 @@
 """The selective scan in operators that every exporter knows, in place of ``subquad::selective_scan``.
 
-Two levels, no Python loop over pixels and no guard on a size. Routes are cut into spans of ``SPAN`` steps; one ``scan``
-of ``SPAN`` steps walks all spans of all routes at once from a zero state, a second one with a step for each span hands
-the states from span to span, and each step adds what has become of the state with which its span was entered:
+Two levels, no Python loop over pixels and no guard on a size. Routes are cut into spans of ``SPAN`` steps, and three
+``scan`` operators (an ONNX ``Scan`` each) follow one another:
 
-    (P, S)_t = (a_t P_{t-1}, a_t S_{t-1} + b_t),   (P, S)_{-1} = (1, 0),   a_t = exp(d_t A),   b_t = d_t B_t x_t
-    h_t = S_t + P_t h_enter
+1. ``SPAN`` steps through all spans of all routes at once, from a zero state: S, the state with which a span ends;
+2. a step for each span hands the states on: a span entered with h ends with exp(A sum_t d_t) h + S;
+3. ``SPAN`` steps through all spans again, now from the right states, for y.
 
-A route's path is padded to whole spans with steps of size 0, which leave a state as it is. Inside, the layout is
-(SPAN, K, spans, B, ...), so that every step of either scan reads one contiguous slice; routes are gathered.
+No state but those at the ends of spans is stored: decays and inputs of the recurrence are made within a step. A route's
+path is padded to whole spans with steps of size 0, which leave a state as it is. Inside, the layout is
+(SPAN, K, spans, B, ...), so that a step reads contiguous slices; routes are gathered.
 
 While an export is traced, sizes are symbols with example values, and broadcasting takes a symbol whose example is 1 for
 the number 1. So there is always one span more than needed, and examples should have a batch of two or more. Shapes are
@@ -21,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
@@ -63,7 +63,7 @@ def export_form(*args: Any) -> tuple[Tensor, Tensor]:
     if call.D is not None:
         y = y + call.D.to(working).sum(0) * x
     y = y.transpose(0, 1).reshape(batch, height, width, dim).to(call.out_dtype)
-    return y, _states(call, enter, last)
+    return y, _states(call, enter, last, spans)
 
 
 class _Walk(NamedTuple):
@@ -86,27 +86,24 @@ def _walk(call: ScanCall, length: int, spans: int, working: torch.dtype) -> _Wal
     _, height, width, _ = call.x.shape
     device = call.x.device
     routes = len(call.routes)
-    padding = (0, spans * SPAN - length)
-    inside = F.pad(torch.ones(length, dtype=working, device=device), padding)
-    # Place of the steps of route 0, in the order of its padded path, in flattened (SPAN, K, spans)
-    places = torch.arange(spans, device=device)[:, None] + torch.arange(SPAN, device=device) * (routes * spans)
-    places = places.reshape(spans * SPAN)
-    pixels, mask, visits = [], [], []
-    for k, code in enumerate(call.routes):
-        path = route_order(code & ~REVERSED, height, width, None if call.table is None else call.table[k], device)
-        pixel, here, place = F.pad(path, padding), inside, places + k * spans
-        if code & REVERSED:
-            # The padded path turns round as a whole, so that spans stay the pixels that they are for a forward route.
-            pixel, here, place = pixel.flip(0), here.flip(0), place.flip(0)
-        pixels.append(pixel.reshape(spans, 1, SPAN))
-        mask.append(here.reshape(spans, 1, SPAN))
-        visits.append(torch.zeros_like(path).scatter(0, path, place[:length]))
-    by_step = torch.cat(pixels, dim=1).permute(2, 1, 0)  # (SPAN, K, spans)
-    entries = by_step * routes + torch.arange(routes, device=device)[:, None]
+    k = torch.arange(routes, device=device)[:, None]
     steps = SPAN * routes * spans
-    return _Walk(
-        by_step.reshape(steps), entries.reshape(steps), torch.cat(visits), torch.cat(mask, dim=1).permute(2, 1, 0)
-    )
+
+    # Position in the padded path, (SPAN, K, spans). A path turns round with its padding: a span keeps its pixels.
+    forwards = torch.arange(SPAN, device=device)[:, None, None] + torch.arange(spans, device=device) * SPAN
+    backwards = SPAN * spans - 1 - forwards
+    position = torch.cat([backwards if code & REVERSED else forwards for code in call.routes], dim=1)
+    inside = position < length
+
+    tables = [None] * routes if call.table is None else call.table.unbind()
+    paths = [route_order(code & ~REVERSED, height, width, tables[i], device) for i, code in enumerate(call.routes)]
+    address = torch.where(inside, position, 0) + k * length
+    pixels = torch.cat(paths).index_select(0, address.reshape(steps)).reshape(SPAN, routes, spans)
+    # The inverse of pixels; padding goes to a last place that is dropped.
+    target = torch.where(inside, pixels + k * length, routes * length).reshape(steps)
+    visits = torch.zeros(routes * length + 1, dtype=torch.int64, device=device)
+    visits = visits.scatter(0, target, torch.arange(steps, device=device))[: routes * length]
+    return _Walk(pixels.reshape(steps), (pixels * routes + k).reshape(steps), visits, inside.to(working))
 
 
 def _along_routes(values: Tensor, walk: _Walk) -> Tensor:
@@ -124,7 +121,7 @@ def _per_channel(values: Tensor, walk: _Walk, layout: tuple[int, ...], dim: int)
 
 
 def _step_sizes(call: ScanCall, walk: _Walk, layout: tuple[int, ...], working: torch.dtype) -> Tensor:
-    """d_t along the routes, (SPAN, K, spans, B, E); 0 for padding."""
+    """d_t along the routes, (SPAN, K, spans, B, 1, E); 0 for padding."""
     _, routes, spans, batch = layout
     dim, rank = call.x.shape[-1], call.dt.shape[-1]
     delta = _along_routes(call.dt, walk).to(working)
@@ -141,8 +138,8 @@ def _step_sizes(call: ScanCall, walk: _Walk, layout: tuple[int, ...], working: t
 def _softplus(s: Tensor) -> Tensor:
     """log(1 + exp(s)), in float32 equal to s above 20.
 
-    max(s, 0) + log1p(exp(-|s|)) out of operators that runtimes vectorise; they have no log1p, and softplus one value at
-    a time took two thirds of the whole scan. log1p(e) = log(w) e / (w - 1) with w = 1 + e as rounded, or e where w is 1.
+    max(s, 0) + log1p(exp(-|s|)) out of operators that runtimes vectorise; they have no log1p, and one softplus value at
+    a time took most of the scan's time. log1p(e) = log(w) e / (w - 1) with w = 1 + e as rounded, or e where w is 1.
     """
     e = torch.exp(-s.abs())
     w = 1 + e
@@ -150,7 +147,7 @@ def _softplus(s: Tensor) -> Tensor:
 
 
 def _enter(delta: Tensor, du: Tensor, B: Tensor, A: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """States on entry of every span (K, spans, B, N, E) and after the last (K, B, N, E), from ``start`` (K, B, N, E)."""
+    """States on entry of every span (K, spans, B, N, E) and after the last (K, B, N, E), which is ``start``'s shape."""
 
     def walk(h: Tensor, delta: Tensor, du: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, ...]:
         return (torch.exp(delta * A) * h + du * B,)
@@ -192,18 +189,19 @@ def _scan(
     return torch.ops.higher_order.scan(step, init, xs, constants)
 
 
-def _states(call: ScanCall, enter: Tensor, last: Tensor) -> Tensor:
+def _states(call: ScanCall, enter: Tensor, last: Tensor, spans: int) -> Tensor:
     """The operator's second result (B, K, chunks, E, N) from the states on entry of spans (K, spans, B, N, E)."""
-    length = call.x.shape[1] * call.x.shape[2]
-    chunks, every = (length + CHUNK - 1) // CHUNK, CHUNK // SPAN
-    by_route = []
-    for k, code in enumerate(call.routes):
-        states = enter[k]
-        if code & REVERSED:
-            # A chunk is entered through its last span; beyond the end of the path there is the initial state.
-            states = torch.cat([states.flip(0), states[:1].expand(every, -1, -1, -1)])[every - 1 :]
-        by_route.append(states[::every][:chunks].unsqueeze(1))
-    states = torch.cat(by_route, dim=1)  # (chunks, K, B, N, E)
+    batch, height, width, dim = call.x.shape
+    routes, state = call.A.shape[0], call.A.shape[2]
+    chunks, every = (height * width + CHUNK - 1) // CHUNK, CHUNK // SPAN
+    # One chunk more than needed, as with the spans.
+    more = (height * width + 2 * CHUNK - 1) // CHUNK
+    forwards = (torch.arange(more, device=enter.device) * every).clamp(max=spans - 1)
+    # A reversed route enters a chunk through its last span; beyond the end of the path is the initial state.
+    backwards = (spans - every - forwards).clamp(min=0)
+    index = [(backwards if code & REVERSED else forwards) + k * spans for k, code in enumerate(call.routes)]
+    states = enter.reshape(routes * spans, batch, state, dim).index_select(0, torch.cat(index))
+    states = states.reshape(routes, more, batch, state, dim)[:, :chunks]
     if call.return_last_state:
-        states = torch.cat([states, last.unsqueeze(0)])
-    return states.permute(2, 1, 0, 4, 3).contiguous()
+        states = torch.cat([states, last.unsqueeze(1)], dim=1)
+    return states.permute(2, 0, 1, 4, 3).contiguous()

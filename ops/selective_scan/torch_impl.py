@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
-from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED, ROUTES, TABLE
 
-_WORKING_SET_CPU = 2**17
-"""Elements a buffer: small enough for caches, and for an allocator to hand the same pages out again."""
+_WORKING_SET_CPU = 2**18
+"""Elements a buffer: small enough for a CPU's caches."""
 _WORKING_SET = 2**24
 """Elements a buffer on any other device, where a launch must be long to be worth its overhead."""
 _WIDE = 16
@@ -50,14 +49,15 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     for images in _image_slices(call):
         part = _take_images(call, images)
         x = part.x.to(working)
-        merged = torch.zeros_like(x) if call.D is None else x * call.D.sum(0)
+        merged = y[images] if y.dtype == working else torch.empty_like(x)
+        _skip(x, call.D, out=merged)
         for path in _paths(part):
             u = path.gather(x)
-            out = torch.zeros_like(u)
-            for k in path.routes:
-                _forward_route(_route(part, path, k, u), out, states[images, k])
-            merged += path.scatter(out)
-        y[images] = merged
+            with path.adding_to(merged) as out:
+                for k in path.routes:
+                    _forward_route(_route(part, path, k, u), out, states[images, k])
+        if y.dtype != working:
+            y[images] = merged
     return y, states
 
 
@@ -112,31 +112,34 @@ def _backward_images(
 ) -> None:
     """Fill the gradients of a few images, and add to those of the parameters."""
     x, dy = call.x.to(states.dtype), grad_y.to(states.dtype)
-    dx = torch.zeros_like(x)
-    if call.D is not None and grads.D is not None:
-        torch.mul(dy, call.D.sum(0), out=dx)
+    dx = grads.x if grads.x.dtype == states.dtype else torch.empty_like(x)
+    _skip(dy, call.D, out=dx)
+    if grads.D is not None:
         grads.D.add_((dy * x).sum((0, 1, 2)))
     for path in _paths(call):
         u, dy_path = path.gather(x), path.gather(dy)
-        du = torch.zeros_like(u)
-        for k in path.routes:
-            route = _route(call, path, k, u)
-            grad = route.gradients(du)
-            if grad_last_state is not None:
-                grad.initial_state.copy_(_split_channels(grad_last_state[:, k], route.A).flatten(1))
-            _backward_route(route, grad, dy_path, states[:, k])
-            for maps, along in ((grads.dt, grad.dt), (grads.B, grad.B), (grads.C, grad.C)):
-                maps[:, :, :, k] = path.scatter(along)
-            _split_channels(grads.A[k], route.A).add_(grad.A)
-            for total, part in ((grads.dt_weight, grad.dt_weight), (grads.dt_bias, grad.dt_bias)):
-                if total is not None and part is not None:
-                    total[k] += part
-            if grads.initial_state is not None:
-                _split_channels(grads.initial_state[:, k], route.A).copy_(
-                    grad.initial_state.unflatten(1, route.A.shape)
-                )
-        dx += path.scatter(du)
-    grads.x.copy_(dx)
+        with path.adding_to(dx) as du:
+            for k in path.routes:
+                route = _route(call, path, k, u)
+                grad = route.gradients(du)
+                if grad_last_state is not None:
+                    grad.initial_state.copy_(_split_channels(grad_last_state[:, k], route.A).flatten(1))
+                _backward_route(route, grad, dy_path, states[:, k])
+                _store(grad, grads, path, k)
+    if grads.x.dtype != states.dtype:
+        grads.x.copy_(dx)
+
+
+def _store(grad: _Route, grads: ScanCall, path: _Path, k: int) -> None:
+    """Put the gradients of route k where they belong among the call's."""
+    for maps, along in ((grads.dt, grad.dt), (grads.B, grad.B), (grads.C, grad.C)):
+        maps[:, :, :, k] = path.scatter(along)
+    _split_channels(grads.A[k], grad.A).add_(grad.A)
+    for total, part in ((grads.dt_weight, grad.dt_weight), (grads.dt_bias, grad.dt_bias)):
+        if total is not None and part is not None:
+            total[k] += part
+    if grads.initial_state is not None:
+        _split_channels(grads.initial_state[:, k], grad.A).copy_(grad.initial_state.unflatten(1, grad.A.shape))
 
 
 def _backward_route(route: _Route, grad: _Route, dy: Tensor, saved: Tensor) -> None:
@@ -178,6 +181,14 @@ def _backward_segment(seg: _Segment, grad: _Route, dy: Tensor) -> None:
         grad.dt_weight.add_(step.flatten(0, 1).T @ route.dt[:, pixels].flatten(0, 1))
 
 
+def _skip(x: Tensor, D: Tensor | None, *, out: Tensor) -> None:
+    """Every route adds D x at every pixel."""
+    if D is None:
+        out.zero_()
+    else:
+        torch.mul(x, D.sum(0), out=out)
+
+
 def _sum_states(out: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """Add sum_n weights_n values_n to ``out`` (b, s, g, e); weights broadcast to values (b, s, g, n, e)."""
     for n in range(values.shape[3]):
@@ -210,6 +221,16 @@ class _Path(NamedTuple):
         if self.code & COLUMN:
             return along.unflatten(1, (self.width, self.height)).transpose(1, 2)
         return along.unflatten(1, (self.height, self.width))
+
+    @contextmanager
+    def adding_to(self, maps: Tensor) -> Iterator[Tensor]:
+        """A buffer (b, L, ...) along the path; what is added to it is added to ``maps`` (b, H, W, ...)."""
+        if self.code == ROUTES["row"]:
+            yield maps.flatten(1, 2)
+            return
+        along = maps.new_zeros(maps.shape[0], self.height * self.width, *maps.shape[3:])
+        yield along
+        maps += self.scatter(along)
 
 
 def _paths(call: ScanCall) -> list[_Path]:
@@ -319,7 +340,9 @@ class _Segment:
     def _fill_steps(self, rows: int) -> None:
         route, dt = self.route, self.route.dt[:, self.pixels]
         if route.dt_weight is not None:
-            self.step = F.linear(dt, route.dt_weight, route.dt_bias)
+            flat, weight = dt.flatten(0, 1), route.dt_weight.T
+            step = flat @ weight if route.dt_bias is None else torch.addmm(route.dt_bias, flat, weight)
+            self.step = step.unflatten(0, dt.shape[:2])
         else:
             self.step = dt if route.dt_bias is None else dt + route.dt_bias
         batch, _, dim = self.u.shape
@@ -384,15 +407,18 @@ class _Segment:
 
 
 def _chain(local: Tensor, total: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """The state with which each block starts, (b, blocks, m), from each block's own last state and total decay."""
-    starts = torch.empty_like(local)
-    walk = list(zip(starts.unbind(1), local.unbind(1), total.unbind(1), strict=True))
+    """The state with which each block starts, (b, blocks, m), from each block's own last state and total decay.
+
+    ``local`` is overwritten.
+    """
+    blocks = list(zip(local.unbind(1), total.unbind(1), strict=True))
     if reverse:
-        walk.reverse()
-    h = walk[0][0].copy_(state)
-    for (_, end, decay), (start, _, _) in pairwise(walk):
-        h = torch.addcmul(end, decay, h, out=start)
-    return starts
+        blocks.reverse()
+    h = state
+    for end, decay in blocks[:-1]:
+        h = torch.addcmul(end, decay, h, out=end)
+    first = state.unsqueeze(1)
+    return torch.cat([local[:, 1:], first] if reverse else [first, local[:, :-1]], dim=1)
 
 
 # Softplus is the identity above 20. In float32 that makes no difference to the last bit, and the functions without a

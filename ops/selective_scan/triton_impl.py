@@ -19,6 +19,7 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,24 +40,33 @@ _ZERO, _SAVED, _GIVEN = 0, 1, 2  # where the state that enters a segment comes f
 
 
 class _Config(NamedTuple):
-    """Launch choices of a shape class.
+    """Launch choices of a pass for a shape class.
 
     Attributes:
-        forward_block: channels of a program of the forward kernels.
-        backward_block: channels of a program of the backward kernels, which hold twice as many tiles.
-        waves: programs wanted for each multiprocessor; fewer make a scan two-level.
+        block: channels of a program.
+        waves: programs wanted for each multiprocessor; a scan with fewer is cut into segments.
     """
 
-    forward_block: int
-    backward_block: int
+    block: int
     waves: int
 
 
-def _config(state: int) -> _Config:
-    """The one table of launch heuristics, by shape class."""
-    import os
-    fb=int(os.environ.get("FB","32")); bb=int(os.environ.get("BB","16")); w=int(os.environ.get("WV","12"))
-    return _Config(forward_block=fb, backward_block=bb, waves=w)
+_CONFIGS = {
+    ("forward", "one state"): _Config(block=32, waves=48),
+    ("forward", "many states"): _Config(block=16, waves=24),
+    ("backward", "one state"): _Config(block=16, waves=48),
+    ("backward", "many states"): _Config(block=16, waves=24),
+}
+"""The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
+
+_CANDIDATES = [_Config(block, waves) for block in (16, 32) for waves in (12, 24, 48)]
+
+
+def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
+    default = _CONFIGS[which, "one state" if call.A.shape[-1] == 1 else "many states"]
+    rank = 0 if call.dt_weight is None else call.dt.shape[-1]
+    key = f"selective_scan {which} x={tuple(call.x.shape)} K={len(call.routes)} N={call.A.shape[-1]} R={rank} {call.x.dtype}"
+    return _triton.tuned(key, call.x, _CANDIDATES, default, run)
 
 
 class _Group(NamedTuple):
@@ -113,13 +123,12 @@ class _Plan(NamedTuple):
         return triton.cdiv(self.lanes, _LANES)
 
 
-def _plan(call: ScanCall) -> _Plan:
+def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     batch, height, width, dim = call.x.shape
     state = call.A.shape[-1]
-    config = _config(state)
     length = height * width
     chunks = triton.cdiv(length, CHUNK)
-    programs = triton.cdiv(batch, _LANES) * triton.cdiv(dim, config.forward_block)
+    programs = triton.cdiv(batch, _LANES) * triton.cdiv(dim, config.block)
     wanted = config.waves * _triton.multiprocessor_count(call.x.device)
     segment_chunks = max(1, min(chunks, chunks * programs // wanted))
     segments = triton.cdiv(chunks, segment_chunks)
@@ -129,7 +138,11 @@ def _plan(call: ScanCall) -> _Plan:
     meta = {
         "N": state,
         "CH": _LANES,
-        "BR": max(16, triton.next_power_of_2(rank)),
+        "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
+        "NP": max(16, triton.next_power_of_2(state)),
+        "RANK": rank,
+        "WIDTH": rank + 2 if state == 1 else rank,
+        "ALIGN": _alignment(inputs.rows),
         "TILES": CHUNK // _STEPS,
         "LOW_RANK": call.dt_weight is not None,
         "SOFTPLUS": call.dt_softplus,
@@ -143,19 +156,47 @@ def _plan(call: ScanCall) -> _Plan:
 
 
 class _Rows(NamedTuple):
-    """A tensor (B, H, W, K, ...) as rows: stride of an image, a pixel and a route, innermost axis contiguous."""
+    """A tensor (B, H, W, K, ...) as rows: strides of an image, a pixel and a route, innermost axis contiguous."""
 
     tensor: Tensor
     strides: tuple[int, int, int]
 
 
 def _rows(tensor: Tensor) -> _Rows:
-    if tensor.dim() == 6:
-        tensor = tensor.squeeze(-2)
     if tensor.stride(-1) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2] * tensor.stride(2)):
         tensor = tensor.contiguous()
     pixel = tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1)
     return _Rows(tensor, (tensor.stride(0), pixel, tensor.stride(3)))
+
+
+def _packed_rows(call: ScanCall) -> _Rows:
+    """dt (if low-rank), B and C of a pixel and route as one row.
+
+    The three views of one projection are such rows already; anything else is copied together.
+    """
+    parts = [call.B.squeeze(-2), call.C.squeeze(-2)]
+    if call.dt_weight is not None:
+        parts.insert(0, call.dt)
+    first = parts[0]
+    end = first.storage_offset()
+    for part in parts:
+        if (
+            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or part.storage_offset() != end
+            or part.stride() != first.stride()
+        ):
+            return _rows(torch.cat(parts, dim=-1))
+        end += part.shape[-1]
+    width = sum(part.shape[-1] for part in parts)
+    return _rows(first.as_strided((*first.shape[:-1], width), first.stride()))
+
+
+def _alignment(rows: _Rows) -> int:
+    """Elements (1, 2, 4 or 8) that every row's address is a multiple of, for wide loads."""
+    align = 8
+    while rows.tensor.data_ptr() % (align * rows.tensor.element_size()) or any(step % align for step in rows.strides):
+        align //= 2
+    return align
 
 
 class _Inputs(NamedTuple):
@@ -163,22 +204,27 @@ class _Inputs(NamedTuple):
 
     x: Tensor
     dt: _Rows
-    B: _Rows
-    C: _Rows
+    rows: _Rows
     A: Tensor
     D: Tensor
     weight: Tensor
     bias: Tensor
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of dt and of the packed rows; the latter in units of their alignment."""
+        align = _alignment(self.rows)
+        return (*self.dt.strides, *(stride // align for stride in self.rows.strides))
+
 
 def _inputs(call: ScanCall) -> _Inputs:
     A = call.A.contiguous()
     zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
+    rows = _packed_rows(call)
     return _Inputs(
         x=call.x.contiguous(),
-        dt=_rows(call.dt),
-        B=_rows(call.B),
-        C=_rows(call.C),
+        dt=rows if call.dt_weight is not None else _rows(call.dt),
+        rows=rows,
         A=A,
         D=zeros if call.D is None else call.D.contiguous(),
         weight=A if call.dt_weight is None else call.dt_weight.contiguous(),
@@ -202,11 +248,16 @@ def _chain(
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     """Merged output and saved states of a canonical call (see call.py)."""
-    plan, inputs = _plan(call), _inputs(call)
+    return _forward(call, _config("forward", call, lambda config: _forward(call, config)))
+
+
+def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
+    inputs = _inputs(call)
+    plan = _plan(call, inputs, config)
     batch, height, width, dim = call.x.shape
     n_routes, state = len(call.routes), call.A.shape[-1]
-    x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
-    block = plan.config.forward_block
+    x = inputs.x
+    block = plan.config.block
     programs = (triton.cdiv(dim, block), plan.lane_programs)
     two_level = plan.segments > 1
 
@@ -225,10 +276,9 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
 
     def launch(group: _Group, entry: int, aggregate: bool) -> None:
         selective_scan_fwd_kernel[programs](
-            x, dt.tensor, inputs.weight, inputs.bias, inputs.A, B.tensor, C.tensor, inputs.D,
+            x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A, inputs.D,
             given, states, ends, sums, partial, y, waiting, _pixels(group, height, width, x.device),
-            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, plan.rank,
-            *dt.strides, *B.strides, *C.strides,
+            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
             n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), int(call.return_last_state),
             ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
         )  # fmt: skip
@@ -245,11 +295,22 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
     """Gradients of a canonical call from its saved states, each in its input's dtype."""
-    plan, inputs = _plan(call), _inputs(call)
+
+    def run(config: _Config) -> Gradients:
+        return _backward(call, states, grad_y, grad_last_state, config)
+
+    return run(_config("backward", call, run))
+
+
+def _backward(
+    call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None, config: _Config
+) -> Gradients:
+    inputs = _inputs(call)
+    plan = _plan(call, inputs, config)
     batch, height, width, dim = call.x.shape
     n_routes, state = len(call.routes), call.A.shape[-1]
-    x, dt, B, C, grad_y = inputs.x, inputs.dt, inputs.B, inputs.C, grad_y.contiguous()
-    block = plan.config.backward_block
+    x, grad_y = inputs.x, grad_y.contiguous()
+    block = plan.config.block
     blocks = triton.cdiv(dim, block)
     wanted = max(1, plan.config.waves // 2 * _triton.multiprocessor_count(x.device) // plan.lane_programs)
     blocks_each = triton.cdiv(blocks, min(blocks, wanted))
@@ -269,29 +330,31 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
     slots = (CHUNK // _STEPS + 2) * state
     waiting = scratch(plan.lane_programs * channel_programs, slots, _LANES, block)
     entering = grad_last_state
-    shared = (dt.tensor, inputs.weight, inputs.bias, inputs.A)
+    shared = (inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
 
     with torch.cuda.device_of(x):
         if plan.segments > 1:
-            ends, sums = scratch(batch, n_routes, plan.segments, dim, state), scratch(batch, n_routes, plan.segments, dim)
+            ends, sums = (
+                scratch(batch, n_routes, plan.segments, dim, state),
+                scratch(batch, n_routes, plan.segments, dim),
+            )
             states_waiting = scratch(plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
             for group in plan.groups:
                 selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
-                    grad_y, *shared, C.tensor, ends, sums, states_waiting, _pixels(group, height, width, x.device),
+                    grad_y, *shared, ends, sums, states_waiting, _pixels(group, height, width, x.device),
                     plan.lanes, plan.length, plan.segments, plan.segment_chunks,
-                    dim, plan.rank, *dt.strides, *C.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
+                    dim, *inputs.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
                 )  # fmt: skip
             mask = ~_reversed_mask(call) & ((1 << n_routes) - 1)
             entering = torch.empty_like(ends)
             _chain(plan, inputs.A, sums, ends, grad_last_state, entering, mask, by_chunk=False)
         for group in plan.groups:
             selective_scan_bwd_kernel[(channel_programs, plan.lane_programs)](
-                grad_y, x, *shared, B.tensor, C.tensor, inputs.D, states, states if entering is None else entering,
+                grad_y, x, *shared, inputs.D, states, states if entering is None else entering,
                 waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
                 _pixels(group, height, width, x.device),
-                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, plan.rank,
-                *dt.strides, *B.strides, *C.strides,
-                n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, row_width, batch,
+                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
+                n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, batch,
                 ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,
                 OUTPUT=_writes(group, plan, grad_x), DOT=_dot_dtype(x), BC=block, **plan.meta,
             )  # fmt: skip

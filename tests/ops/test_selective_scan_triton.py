@@ -1,0 +1,204 @@
+"""The Triton kernels against the float64 reference: values and every gradient.
+
+The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and fp16, small shapes) and on a GPU (``gpu``:
+bf16 too, and shapes with several programs). What the interpreter cannot see (races, registers, layouts) needs the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad import ops
+from subquad.ops.selective_scan import CROSS
+
+ROWS = ("row", "row_reversed")
+# Relative L2 error per dtype. fp32: rounding of a scan of some hundred steps. 16 bit: one rounding of the inputs of the
+# tensor core products (the steps' expansion, bf16 for the gradients' products), as upstream's kernels round the steps.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]
+    routes: Sequence[str] = CROSS
+    state: int = 1
+    rank: int | None = 2
+    options: bool = True
+    softplus: bool = True
+    last_state: bool = False
+    initial: bool = False
+    out: torch.dtype = torch.float32
+
+
+SMALL = {
+    "cross": Case((2, 3, 5, 8)),
+    "cross several chunks": Case((1, 9, 15, 17)),
+    "states in and out": Case((1, 9, 15, 8), last_state=True, initial=True),
+    "N=4 one reversed route": Case(
+        (1, 7, 11, 9), ("column_reversed",), state=4, rank=None, last_state=True, initial=True
+    ),
+    "N=16": Case((1, 5, 7, 6), state=16),
+    "N=16 several chunks": Case((1, 1, 130, 4), ROWS, state=16, last_state=True, initial=True),
+    "full-rank steps": Case((2, 4, 6, 10), rank=None),
+    "one pixel": Case((1, 1, 1, 5)),
+    "one row, repeated route": Case((1, 1, 130, 8), ("row", "row_reversed", "row"), options=False),
+    "steps without softplus": Case((1, 4, 5, 8), ("column", "row"), softplus=False, options=False),
+    "16-bit output": Case((1, 5, 7, 8), out=torch.float16),
+    "16-bit output, forward routes": Case((1, 5, 7, 8), ("row", "column"), out=torch.float16),
+}
+LARGE = {
+    "56x56": Case((2, 56, 56, 96), rank=6),
+    "28x20 N=16": Case((3, 28, 20, 48), state=16, rank=6),
+    "14x14": Case((9, 14, 14, 96), rank=24),
+    "7x7": Case((19, 7, 7, 96), rank=48),
+    "one long image": Case((1, 61, 67, 40), rank=5, last_state=True, initial=True),
+}
+
+
+def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random arguments, exactly representable in ``dtype`` where they are activations."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    batch, height, width, dim = case.shape
+    k, n, lead = len(case.routes), case.state, case.shape[:3]
+    result = {
+        "x": normal(*case.shape),
+        "dt": normal(*lead, k, case.rank or dim) * (1 if case.softplus else 0.1),
+        "A": -torch.rand((k, dim, n), generator=generator, dtype=torch.float64) * 4 - 0.1,
+        "B": normal(*lead, k, n),
+        "C": normal(*lead, k, n),
+    }
+    if not case.softplus:
+        result["dt"] = result["dt"].abs()
+    if case.rank:
+        weight = normal(k, dim, case.rank) * case.rank**-0.5
+        result["dt_weight"] = weight if case.softplus else weight.abs()
+    if case.options:
+        result |= {"D": normal(k, dim), "dt_bias": normal(k, dim) - 2}
+    if case.initial:
+        result["initial_state"] = normal(batch, k, dim, n)
+    narrow = {name: value.to(dtype).double() for name, value in result.items() if name in ("x", "dt", "B", "C")}
+    return result | narrow
+
+
+def run(case: Case, arguments: dict[str, Tensor], dtype: torch.dtype, backend: str, device: str) -> dict[str, Tensor]:
+    """Output, last state and all gradients, in float64 on the CPU."""
+    leaves = {}
+    for name, value in arguments.items():
+        narrow = dtype if name in ("x", "dt", "B", "C") or dtype == torch.float64 else torch.float32
+        leaves[name] = value.to(device, narrow, copy=True).requires_grad_()
+    with ops.use_backend(backend):
+        y, state = ops.selective_scan(
+            **leaves,
+            routes=case.routes,
+            dt_softplus=case.softplus,
+            out_dtype=torch.float64 if dtype == torch.float64 else case.out,
+            return_last_state=True,
+        )
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).half()
+        loss = (y.double() * cotangent.to(device).double()).sum()
+        if case.last_state:
+            loss = loss + (state.double() * torch.randn(state.shape, generator=generator).to(device).double()).sum()
+        loss.backward()
+    found = {"y": y, "last_state": state} | {f"grad {name}": leaf.grad for name, leaf in leaves.items()}
+    return {name: value.detach().double().cpu() for name, value in found.items()}
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    arguments = inputs(case, dtype)
+    expected = run(case, arguments, torch.float64, "reference", "cpu")
+    found = run(case, arguments, dtype, "triton", device)
+    tolerance = TOLERANCE[dtype if case.out == torch.float32 else torch.bfloat16]
+    errors = {
+        # A gradient that is zero but for rounding (A of a single step) is compared with a unit scale.
+        name: ((found[name] - value).norm() / value.norm().clamp_min(1e-3)).item()
+        for name, value in expected.items()
+    }
+    wrong = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not wrong, f"relative errors above {tolerance}: {wrong}"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted_fp32(name: str, poisoned_memory: None) -> None:
+    check(SMALL[name], torch.float32, "cpu")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["cross", "N=16", "full-rank steps", "16-bit output"])
+def test_interpreted_fp16(name: str, poisoned_memory: None) -> None:
+    check(SMALL[name], torch.float16, "cpu")
+
+
+@pytest.mark.interpret
+def test_views_of_one_projection_are_not_copied() -> None:
+    """dt, B and C as slices of one projection, non-contiguous, give what separate tensors give."""
+    arguments = {name: value.float() for name, value in inputs(SMALL["cross"], torch.float32).items()}
+    packed = torch.cat([arguments["dt"], arguments["B"], arguments["C"]], dim=-1)
+    views = dict(zip(("dt", "B", "C"), packed.split([2, 1, 1], dim=-1), strict=True))
+    with ops.use_backend("triton"):
+        separate = ops.selective_scan(**arguments, routes=CROSS)
+        together = ops.selective_scan(**(arguments | views), routes=CROSS)
+        transposed = arguments["x"].transpose(1, 2).contiguous().transpose(1, 2)
+        strided = ops.selective_scan(**(arguments | {"x": transposed}), routes=CROSS)
+    assert torch.equal(separate, together)
+    assert torch.equal(separate, strided)
+
+
+@pytest.mark.interpret
+def test_backward_in_torch_from_states_of_triton() -> None:
+    """Forward and backward may run in different implementations: both save the same states."""
+    case = SMALL["cross several chunks"]
+    arguments = {name: value.float() for name, value in inputs(case, torch.float32).items()}
+    x = arguments["x"].requires_grad_()
+    grads = []
+    for first, second in (("triton", "torch"), ("torch", "triton")):
+        with ops.use_backend(first):
+            y = ops.selective_scan(**arguments, routes=case.routes)
+        with ops.use_backend(second):
+            grads.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # rounding of two orders of summation
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_gpu_small(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    check(SMALL[name], dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_gpu_large(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    """Against the PyTorch path in float64 on the GPU, which is tested against the reference on the CPU."""
+    case = LARGE[name]
+    arguments = inputs(case, dtype)
+    expected = run(case, arguments, torch.float64, "torch", "cuda")
+    found = run(case, arguments, dtype, "triton", "cuda")
+    for key, value in expected.items():
+        error = ((found[key] - value).norm() / value.norm().clamp_min(1e-3)).item()
+        assert error < TOLERANCE[dtype], f"{key}: {error}"
+
+
+@pytest.mark.gpu
+def test_gpu_forward_is_bitwise_reproducible() -> None:
+    arguments = {name: value.cuda() for name, value in inputs(LARGE["56x56"], torch.bfloat16).items()}
+    for name in ("x", "dt", "B", "C"):
+        arguments[name] = arguments[name].bfloat16()
+    first, second = (ops.selective_scan(**arguments, routes=CROSS, out_dtype=torch.float32) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_gpu_dispatch_takes_triton() -> None:
+    arguments = {name: value.float().cuda() for name, value in inputs(SMALL["cross"], torch.float32).items()}
+    assert ops.explain(ops.selective_scan, **arguments, routes=CROSS).chosen == "triton"
