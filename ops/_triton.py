@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
-_Config = TypeVar("_Config", bound=NamedTuple)
+_Config = TypeVar("_Config", bound="tuple[int, ...]")
 
 
 def interpreting() -> bool:
@@ -47,7 +47,9 @@ def multiprocessor_count(device: torch.device) -> int:
 def tuned(
     key: str, x: torch.Tensor, candidates: Sequence[_Config], default: _Config, run: Callable[[_Config], object]
 ) -> _Config:
-    """The launch choices for a call: ``default``, or with ``SUBQUAD_AUTOTUNE=1`` the fastest of ``candidates``.
+    """The launch choices for a call, a NamedTuple of integers.
+
+    That is ``default``, or with ``SUBQUAD_AUTOTUNE=1`` the fastest of ``candidates``.
 
     The search runs once for a key and GPU and is kept in ``autotune.json`` in the folder that ``SUBQUAD_CACHE`` names
     (``~/.cache/subquad`` by default).
@@ -63,7 +65,7 @@ def tuned(
             times = [do_bench(lambda config=config: run(config), return_mode="median") for config in candidates]
         found[key] = list(candidates[times.index(min(times))])
         _write_tuning_cache(found)
-    return type(default)(*found[key])
+    return type(default)._make(found[key])  # type: ignore[attr-defined]
 
 
 def _tuning_file() -> Path:

@@ -1,12 +1,12 @@
 """Triton kernels of the selective scan: the backward pass. See triton_impl.py for the design."""
 
-import triton
 import triton.language as tl
 
 from subquad.ops.selective_scan._triton_forward import (
     _column,
     _exp_minus_abs,
     _join_time,
+    _kernel,
     _load_pixels,
     _load_rows,
     _load_states,
@@ -23,14 +23,15 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@_kernel
 def selective_scan_bwd_kernel_aggregate(
     p_gy, p_dt, p_rows, p_weight, p_bias, p_A, p_ends, p_sums, p_scratch, p_pixels,
     n_lanes, length, segments, segment_chunks, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     n_routes, k_forward, k_reversed,
     N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """q_{t-1} = exp(d_t A) (q_t + C_t gy_t) from q = 0 at the segment's end: the adjoint state that leaves the segment.
 
@@ -112,7 +113,7 @@ def selective_scan_bwd_kernel_aggregate(
                 tl.store(p_ends + o_end[:, None] * N + (o_c * N)[None, :] + n, b_q, mask=m_state)
 
 
-@triton.jit
+@_kernel
 def selective_scan_bwd_kernel(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_states, p_q, p_scratch,
     p_partial, p_gx, p_gdt, p_grows, p_gparams, p_ginitial, p_pixels,
@@ -120,7 +121,8 @@ def selective_scan_bwd_kernel(
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     n_routes, k_forward, k_reversed, add, blocks, images,
     N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, KEEP_INITIAL: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ENTRY: tl.constexpr, KEEP_INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all inputs from the states saved at chunk entries and the adjoint states entering the segments.

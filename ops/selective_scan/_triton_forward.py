@@ -1,5 +1,7 @@
 """Triton kernels of the selective scan: shared pieces and the forward pass. See triton_impl.py for the design."""
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -134,22 +136,38 @@ def _recur(b_h, b_a, b_b, CH: tl.constexpr, BC: tl.constexpr):
 # Forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+# Numbers that say nothing about alignment: compiling a kernel for each of their special values (1, multiples of 16)
+# would only multiply the time of the first call.
+_PLAIN = {
+    *("n_lanes", "length", "segments", "chunks", "slots", "stride_row_b", "stride_row_p", "stride_row_k"),
+    *("n_routes", "k_forward", "k_reversed", "add", "keep_last", "blocks", "images", "reversed_routes"),
+}
+
+
+def _kernel(function):
+    """``triton.jit`` without specialisation on the numbers in ``_PLAIN``."""
+    names = [name for name in inspect.signature(function).parameters if name in _PLAIN]
+    return triton.jit(do_not_specialize=names)(function)
+
+
+@_kernel
 def selective_scan_fwd_kernel(
-    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_initial, p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
+    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_initial,
+    p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
     n_lanes, length, segments, segment_chunks, chunks, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     n_routes, k_forward, k_reversed, add, keep_last,
     N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, ENTRY: tl.constexpr, AGGREGATE: tl.constexpr,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ENTRY: tl.constexpr, AGGREGATE: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(d_t A) h_{t-1} + d_t B_t x_t;  y_t = C_t . h_t + D x_t, summed over the routes of one group.
 
-    Grid (E / BC, lanes / CH), one warp. On chip: the state [CH, BC] and a tile of 4 steps; with N > 1 the N states wait in
-    ``p_scratch`` (L1) between tiles. With AGGREGATE only the state at the segment's end (from a zero state) and the sum of
-    its steps are written; without it the state entering each chunk, and y, added up in the fp32 ``p_partial``; with OUTPUT
-    the second walk writes ``p_y`` in its dtype. All arithmetic is fp32.
+    Grid (E / BC, lanes / CH), one warp. On chip: the state [CH, BC] and a tile of 4 steps; with N > 1 the N states wait
+    in ``p_scratch`` (L1) between tiles. With AGGREGATE only the state at the segment's end (from a zero state) and the
+    sum of its steps are written; without it the state entering each chunk, and y, added up in the fp32 ``p_partial``;
+    with OUTPUT the second walk writes ``p_y`` in its dtype. All arithmetic is fp32.
     """
     T: tl.constexpr = 4 * CH
     o_ch = tl.arange(0, CH)
@@ -282,7 +300,7 @@ def _after(a1, b1, a2, b2):
     return a1 * a2, a2 * b1 + b2
 
 
-@triton.jit
+@_kernel
 def selective_scan_chain_kernel(
     p_sums, p_A, p_ends, p_given, p_entries,
     segments, segment_chunks, chunks, slots, dim, n_routes, reversed_routes,
@@ -290,7 +308,7 @@ def selective_scan_chain_kernel(
 ):  # fmt: skip
     """entry[s + 1] = exp(A * sum of segment s's steps) * entry[s] + (end of segment s from zero), along each route.
 
-    Grid (B * K, E * N / BJ). The state entering the next segment is written into the slot of that segment's first chunk.
+    Grid (B * K, E * N / BJ). The state entering the next segment goes into the slot of that segment's first chunk.
     ``reversed_routes`` is a bit mask of the routes walked from the last segment to the first.
     """
     o_path = tl.program_id(0).to(tl.int64)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]
-"""Gradients of x, dt, A, B, C, D, dt_weight, dt_bias, initial_state, in this order; None for an absent argument."""
+"""Of x, dt, A, B, C, D, dt_weight, dt_bias, initial_state, in this order; None for an absent argument."""
 
 CHUNK = 64
 """Pixels between two saved states: a route of L steps saves ceil(L / CHUNK) states for the backward pass.
 
-Both implementations save the same: ``states[:, k, i]`` (B, K, chunks, E, N) is the state with which route k enters chunk
-i, where chunk i is pixels ``i * CHUNK`` to ``(i + 1) * CHUNK`` of the route's path walked forwards. A reversed route
-enters a chunk from its end. With ``return_last_state`` one more entry follows: the state after the route's last step.
+Both implementations save the same: ``states[:, k, i]`` (B, K, chunks, E, N) is the state with which route k enters
+chunk i, where chunk i is pixels ``i * CHUNK`` to ``(i + 1) * CHUNK`` of the route's path walked forwards. A reversed
+route enters a chunk from its end. With ``return_last_state`` one more entry follows: the state after the last step.
 """
 
 

@@ -1,17 +1,18 @@
 """Selective scan in Triton: forward and backward.
 
-Design. A *chunk* is CHUNK consecutive pixels of a route's path, a *segment* a run of chunks that one lane walks one after
-another, a *lane* one segment of one image. A program is one warp: it walks CH = 8 lanes side by side over BC channels,
-4 steps at a time. The [4 * CH, BC] tile of a step has the layout of the tensor core product that expands the step sizes,
-with row = time * CH + lane: a thread holds all 4 steps of its lane, so splitting the tile by time moves nothing, the
-recurrence is plain sequential arithmetic on registers, and 8 channels of a thread share its loads of B and C. The states
-stay in registers from tile to tile.
+Design. A *chunk* is CHUNK consecutive pixels of a route's path, a *segment* a run of chunks that one lane walks one
+after another, a *lane* one segment of one image. A program is one warp: it walks CH = 8 lanes side by side over BC
+channels, 4 steps at a time. The [4 * CH, BC] tile of a step has the layout of the tensor core product that expands the
+step sizes, with row = time * CH + lane: a thread holds all 4 steps of its lane, so splitting the tile by time moves
+nothing and the recurrence is plain sequential arithmetic on registers. Low-rank steps, B and C of a pixel and route are
+one packed row, read once; its columns of B and C reach all channels by products with unit vectors. One state stays in
+registers from tile to tile; several wait in a scratch buffer.
 
-Routes that visit the same pixels in opposite directions ("row" and "row_reversed") form a *group*: one launch walks both.
-With one segment an image (enough images and channels to fill the GPU) a scan is one launch a group. Otherwise it has two
-levels: every segment is scanned from a zero state (aggregate), ``chain`` carries states from segment to segment, and
-the second walk starts from the right states. The backward pass is the same with adjoint states; inside a chunk it
-recomputes the states from the one saved at the chunk's entry.
+Routes that visit the same pixels in opposite directions ("row" and "row_reversed") form a *group*: one launch walks
+both. With one segment an image (enough images and channels to fill the GPU) a scan is one launch a group. Otherwise it
+has two levels: every segment is scanned from a zero state (aggregate), ``chain`` carries states from segment to
+segment, and the second walk starts from the right states. The backward pass is the same with adjoint states; inside a
+chunk it recomputes the states from the one saved at the chunk's entry.
 
 Limits: made for N <= 16; groups of channels and index tables run in PyTorch.
 Bytes, floors and measurements: tools/benchmarks/NOTES.md.
@@ -65,7 +66,8 @@ _CANDIDATES = [_Config(block, waves) for block in (16, 32) for waves in (12, 24,
 def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
     default = _CONFIGS[which, "one state" if call.A.shape[-1] == 1 else "many states"]
     rank = 0 if call.dt_weight is None else call.dt.shape[-1]
-    key = f"selective_scan {which} x={tuple(call.x.shape)} K={len(call.routes)} N={call.A.shape[-1]} R={rank} {call.x.dtype}"
+    shape = f"x={tuple(call.x.shape)} K={len(call.routes)} N={call.A.shape[-1]} R={rank} {call.x.dtype}"
+    key = f"selective_scan {which} {shape}"
     return _triton.tuned(key, call.x, _CANDIDATES, default, run)
 
 
@@ -128,13 +130,16 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     state = call.A.shape[-1]
     length = height * width
     chunks = triton.cdiv(length, CHUNK)
-    programs = triton.cdiv(batch, _LANES) * triton.cdiv(dim, config.block)
+    blocks = triton.cdiv(dim, config.block)
+    programs = triton.cdiv(batch, _LANES) * blocks
     wanted = config.waves * _triton.multiprocessor_count(call.x.device)
     segment_chunks = max(1, min(chunks, chunks * programs // wanted))
     segments = triton.cdiv(chunks, segment_chunks)
     rank = call.dt.shape[-1] if call.dt_weight is not None else 0
-    # Offsets into x, dt (full rank) and the per-pixel gradients of all channel programs.
-    largest = batch * length * max(dim, len(call.routes) * max(call.dt.shape[-1], 32 * (rank + 2 * state)))
+    n_routes = len(call.routes)
+    # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
+    row = max(call.dt.shape[-1], blocks * (rank + 2 * state))
+    largest = max(batch * length * dim, batch * length * n_routes * row, batch * n_routes * (chunks + 1) * dim * state)
     meta = {
         "N": state,
         "CH": _LANES,
@@ -147,9 +152,7 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
         "LOW_RANK": call.dt_weight is not None,
         "SOFTPLUS": call.dt_softplus,
         "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
-        "INDEX": tl.int64
-        if max(batch * length * len(call.routes) * max(dim, rank + 2 * state), 0) >= 2**31
-        else tl.int32,
+        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
         "num_warps": 1,
     }
     return _Plan(_groups(call.routes), config, length, chunks, segments, segment_chunks, batch * segments, rank, meta)

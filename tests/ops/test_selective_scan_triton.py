@@ -1,7 +1,8 @@
 """The Triton kernels against the float64 reference: values and every gradient.
 
-The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and fp16, small shapes) and on a GPU (``gpu``:
-bf16 too, and shapes with several programs). What the interpreter cannot see (races, registers, layouts) needs the GPU.
+The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and fp16, small shapes) and on a GPU
+(``gpu``: bf16 too, and shapes with several programs). What the interpreter cannot see (races, registers, layouts)
+needs the GPU.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    batch, height, width, dim = case.shape
+    batch, dim = case.shape[0], case.shape[-1]
     k, n, lead = len(case.routes), case.state, case.shape[:3]
     result = {
         "x": normal(*case.shape),
