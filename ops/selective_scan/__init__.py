@@ -102,7 +102,7 @@ def selective_scan(
         y, last_state = reference.scan(call)
     else:
         y, states = torch.ops.subquad.selective_scan(*call)
-        last_state = states[:, :, -1] if return_last_state else None
+        last_state = states[:, :, -1]
     y = y.reshape(x.shape)
     if z is not None:
         y = (y * torch.nn.functional.silu(z.to(y.dtype))).to(result_dtype)
