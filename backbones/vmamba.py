@@ -38,28 +38,14 @@ def scan_cross(
     """Scan along the four routes, summed in float32, with A = -exp(A_log); other arguments as in ``selective_scan``."""
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     A = -torch.exp(_wide(A_log))
-    # The last states are asked for because the operator saves at least two then: torch.export would take a single one
-    # on a small example for a rule, and refuse larger maps.
     if torch.jit.is_scripting():
         # The operator itself with CROSS as codes, because TorchScript cannot compile the checks of the public function.
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)
         y, _ = torch.ops.subquad.selective_scan(
-            x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), None, None, [0, 1, 2, 3], True, out_dtype, True
+            x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), None, None, [0, 1, 2, 3], True, out_dtype
         )
     else:
-        y, _ = selective_scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_weight=dt_weight,
-            dt_bias=dt_bias,
-            routes=CROSS,
-            out_dtype=out_dtype,
-            return_last_state=True,
-        )
+        y = selective_scan(x, dt, A, B, C, D, dt_weight=dt_weight, dt_bias=dt_bias, routes=CROSS, out_dtype=out_dtype)
     return y
 
 

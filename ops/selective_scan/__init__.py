@@ -92,7 +92,6 @@ def selective_scan(
         routes=routes,
         dt_softplus=dt_softplus,
         out_dtype=out_dtype,
-        return_last_state=return_last_state,
     )
     result_dtype = call.out_dtype
     if z is not None:
@@ -126,7 +125,6 @@ def prepare(
     routes: Sequence[str] | Tensor = ("row",),
     dt_softplus: bool = True,
     out_dtype: torch.dtype | None = None,
-    return_last_state: bool = False,
 ) -> ScanCall:
     """Check the public arguments and bring them to canonical form (see ``selective_scan`` for arguments and errors)."""
     _checks.check_tensor(_OP, "x", x)
@@ -167,7 +165,6 @@ def prepare(
         routes=codes,
         dt_softplus=bool(dt_softplus),
         out_dtype=out_dtype or x.dtype,
-        return_last_state=bool(return_last_state),
     )
 
 
@@ -251,7 +248,7 @@ def _parameter_dtype(x: Tensor) -> torch.dtype:
 
 _CALL_SCHEMA = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
-    "Tensor? initial_state, Tensor? table, int[] routes, bool dt_softplus, ScalarType out_dtype, bool return_last_state"
+    "Tensor? initial_state, Tensor? table, int[] routes, bool dt_softplus, ScalarType out_dtype"
 )
 """The fields of ScanCall, in order."""
 
@@ -264,7 +261,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     call = ScanCall(*args)
     batch, height, width, dim = call.x.shape
-    chunks = (height * width + CHUNK - 1) // CHUNK + int(call.return_last_state)
+    chunks = (height * width + CHUNK - 1) // CHUNK + 1
     y = call.x.new_empty(call.x.shape, dtype=call.out_dtype)
     state_shape = (batch, len(call.routes), chunks, dim, call.A.shape[-1])
     return y, call.x.new_empty(state_shape, dtype=_parameter_dtype(call.x))
@@ -290,12 +287,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     states, *tensors = ctx.saved_tensors
     if grad_y is None:
-        _, _, out_dtype, _ = ctx.options
+        *_, out_dtype = ctx.options
         grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
     grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
     grads = torch.ops.subquad.selective_scan_backward(grad_y, grad_last_state, states, *tensors, *ctx.options)
     by_input = [grad if value is not None else None for grad, value in zip(grads, tensors[:9], strict=True)]
-    return (*by_input, None, None, None, None, None)
+    return (*by_input, None, None, None, None)
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
@@ -355,9 +352,14 @@ def _load_torch() -> Any:
     return torch_impl
 
 
+def _prepare_call(*args: Any, return_last_state: bool = False, **kwargs: Any) -> ScanCall:
+    """Arguments of the public function; the last state is always computed."""
+    return prepare(*args, **kwargs)
+
+
 _dispatch.register(
     _OP,
-    prepare,
+    _prepare_call,
     (
         _dispatch.Implementation("triton", _why_not_triton, _load_triton),
         _dispatch.Implementation("torch", lambda call: None, _load_torch),

@@ -140,7 +140,7 @@ def _recur(b_h, b_a, b_b, CH: tl.constexpr, BC: tl.constexpr):
 # would only multiply the time of the first call.
 _PLAIN = {
     *("n_lanes", "length", "segments", "chunks", "slots", "stride_row_b", "stride_row_p", "stride_row_k"),
-    *("n_routes", "k_forward", "k_reversed", "add", "keep_last", "blocks", "images", "reversed_routes"),
+    *("n_routes", "k_forward", "k_reversed", "add", "blocks", "images", "reversed_routes"),
 }
 
 
@@ -156,7 +156,7 @@ def selective_scan_fwd_kernel(
     p_states, p_ends, p_sums, p_partial, p_y, p_scratch, p_pixels,
     n_lanes, length, segments, segment_chunks, chunks, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-    n_routes, k_forward, k_reversed, add, keep_last,
+    n_routes, k_forward, k_reversed, add,
     N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
     ENTRY: tl.constexpr, AGGREGATE: tl.constexpr,
@@ -280,7 +280,7 @@ def selective_scan_fwd_kernel(
                     tl.store(p_partial + o_x, b_y, mask=m_x)
             o_end = (o_path * segments + o_segment) * dim
             o_last = tl.where(direction == 0, segments - 1, 0)
-            m_keep = (m_lane & (o_segment == o_last))[:, None] & (o_c < dim * keep_last)[None, :]
+            m_keep = m_state & (o_segment == o_last)[:, None]
             if AGGREGATE:
                 tl.store(p_sums + o_end[:, None] + o_c[None, :], b_sum, mask=m_state)
             for n in range(N):

@@ -11,11 +11,12 @@ Gradients = tuple[Tensor | None, ...]
 """Of x, dt, A, B, C, D, dt_weight, dt_bias, initial_state, in this order; None for an absent argument."""
 
 CHUNK = 64
-"""Pixels between two saved states: a route of L steps saves ceil(L / CHUNK) states for the backward pass.
+"""Pixels between two saved states: a route of L steps saves ceil(L / CHUNK) + 1 states.
 
 Both implementations save the same: ``states[:, k, i]`` (B, K, chunks, E, N) is the state with which route k enters
 chunk i, where chunk i is pixels ``i * CHUNK`` to ``(i + 1) * CHUNK`` of the route's path walked forwards. A reversed
-route enters a chunk from its end. With ``return_last_state`` one more entry follows: the state after the last step.
+route enters a chunk from its end. One more entry follows: the state after the last step. So at least two
+states are saved, and torch.export does not take a single one on a small example for a rule.
 """
 
 
@@ -35,7 +36,6 @@ class ScanCall(NamedTuple):
         routes: K route codes.
         dt_softplus: whether the step is softplus(dt + bias) or dt + bias.
         out_dtype: dtype of the merged output.
-        return_last_state: whether the saved states end with the state after the last step.
     """
 
     x: Tensor
@@ -51,4 +51,3 @@ class ScanCall(NamedTuple):
     routes: list[int]
     dt_softplus: bool
     out_dtype: torch.dtype
-    return_last_state: bool

@@ -202,6 +202,5 @@ def _states(call: ScanCall, enter: Tensor, last: Tensor, spans: int) -> Tensor:
     index = [(backwards if code & REVERSED else forwards) + k * spans for k, code in enumerate(call.routes)]
     states = enter.reshape(routes * spans, batch, state, dim).index_select(0, torch.cat(index))
     states = states.reshape(routes, more, batch, state, dim)[:, :chunks]
-    if call.return_last_state:
-        states = torch.cat([states, last.unsqueeze(1)], dim=1)
+    states = torch.cat([states, last.unsqueeze(1)], dim=1)
     return states.permute(2, 0, 1, 4, 3).contiguous()

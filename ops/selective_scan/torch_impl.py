@@ -43,9 +43,7 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     working = call.A.dtype
     chunks = math.ceil(height * width / CHUNK)
     y = call.x.new_empty(call.x.shape, dtype=call.out_dtype)
-    states = call.x.new_empty(
-        (batch, len(call.routes), chunks + call.return_last_state, dim, call.A.shape[-1]), dtype=working
-    )
+    states = call.x.new_empty((batch, len(call.routes), chunks + 1, dim, call.A.shape[-1]), dtype=working)
     for images in _image_slices(call):
         part = _take_images(call, images)
         x = part.x.to(working)

@@ -269,7 +269,7 @@ def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
 
     partial = scratch(*x.shape)
     y = partial if call.out_dtype == torch.float32 else torch.empty_like(x, dtype=call.out_dtype)
-    states = scratch(batch, n_routes, plan.chunks + call.return_last_state, dim, state)
+    states = scratch(batch, n_routes, plan.chunks + 1, dim, state)
     waiting = scratch(programs[0] * programs[1], state, _LANES, block) if state > 1 else states
     ends, sums = states, states
     if two_level:
@@ -282,7 +282,7 @@ def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
             x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A, inputs.D,
             given, states, ends, sums, partial, y, waiting, _pixels(group, height, width, x.device),
             plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
-            n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), int(call.return_last_state),
+            n_routes, group.forward, group.reversed, int(group is not plan.groups[0]),
             ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
         )  # fmt: skip
 

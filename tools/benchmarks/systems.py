@@ -89,14 +89,11 @@ def core_off(name: str) -> ModelSystem:
 
 @contextmanager
 def pass_through(model: nn.Module) -> Iterator[None]:
-    """Replace ``selective_scan`` in the module of the model's class by a cast to the output dtype (and no states)."""
+    """Replace ``selective_scan`` in the module of the model's class by a cast to the output dtype."""
     family = sys.modules[type(model).__module__]
 
-    def hand_through(
-        x: Tensor, *args: Any, out_dtype: torch.dtype | None = None, return_last_state: bool = False, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y = x.to(out_dtype or x.dtype)
-        return (y, y.new_empty(0)) if return_last_state else y
+    def hand_through(x: Tensor, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return x.to(out_dtype or x.dtype)
 
     with patch.object(family, "selective_scan", hand_through):
         yield
