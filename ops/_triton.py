@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -38,7 +39,7 @@ def _installed() -> bool:
 
 @cache
 def multiprocessor_count(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU (a small made-up number when interpreting)."""
+    """Number of multiprocessors of a CUDA GPU; elsewhere 8, so that a large scan is cut into segments there too."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 8
@@ -56,31 +57,48 @@ def tuned(
     """
     if os.environ.get("SUBQUAD_AUTOTUNE") != "1" or x.device.type != "cuda":
         return default
-    key = f"{torch.cuda.get_device_name(x.device)} {key}"
-    found = _tuning_cache()
-    if key not in found:
-        from triton.testing import do_bench
+    import triton
 
+    key = f"{torch.cuda.get_device_name(x.device)} triton {triton.__version__} {key}"
+    if not _tuning:
+        _tuning.update(_read_tuning_file())
+    if len(_tuning.get(key, ())) != len(default):  # absent, or of a release with other choices
         with torch.cuda.device(x.device):
-            times = [do_bench(lambda config=config: run(config), return_mode="median") for config in candidates]
-        found[key] = list(candidates[times.index(min(times))])
-        _write_tuning_cache(found)
-    return type(default)._make(found[key])  # type: ignore[attr-defined]
+            best = min(candidates, key=lambda config: _time(lambda: run(config)))
+        _tuning.update(_read_tuning_file() | {key: list(best)})  # another process may have added to the file
+        _write_tuning_file()
+    return type(default)._make(_tuning[key])  # type: ignore[attr-defined]
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Milliseconds of a run; infinite where the kernels do not fit the GPU."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(run, return_mode="median"))
+    except OutOfResources:
+        return math.inf
 
 
 def _tuning_file() -> Path:
     return Path(os.environ.get("SUBQUAD_CACHE", "~/.cache/subquad")).expanduser() / "autotune.json"
 
 
-@cache
-def _tuning_cache() -> dict[str, list[int]]:
-    file = _tuning_file()
-    return json.loads(file.read_text()) if file.is_file() else {}
+_tuning: dict[str, list[int]] = {}
 
 
-def _write_tuning_cache(found: dict[str, list[int]]) -> None:
+def _read_tuning_file() -> dict[str, list[int]]:
+    """What earlier searches found; a file that cannot be read is as good as none: it is made anew."""
+    try:
+        return dict(json.loads(_tuning_file().read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_tuning_file() -> None:
     file = _tuning_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(found, indent=1, sort_keys=True))
+    part.write_text(json.dumps(_tuning, indent=1, sort_keys=True))
     os.replace(part, file)

@@ -253,9 +253,19 @@ _CALL_SCHEMA = (
 """The fields of ScanCall, in order."""
 
 
+def _implementation(call: ScanCall) -> Any:
+    implementation = _dispatch.choose(_OP, call)
+    if implementation is reference:
+        raise ValueError(
+            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
+            "so not in scripted models nor for the gradients of what another implementation computed"
+        )
+    return implementation
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = ScanCall(*args)
-    return _dispatch.choose(_OP, call).forward(call)
+    return _implementation(call).forward(call)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -269,7 +279,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = ScanCall(*args)
-    grads = _dispatch.choose(_OP, call).backward(call, states, grad_y, grad_last_state)
+    grads = _implementation(call).backward(call, states, grad_y, grad_last_state)
     return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -21,7 +21,6 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from subquad.ops import _triton
 from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_aggregate
 from subquad.ops.selective_scan._triton_forward import selective_scan_chain_kernel, selective_scan_fwd_kernel
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
-from subquad.ops.selective_scan.routes import COLUMN, REVERSED, route_order
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED
 
 _LANES = 8
 _STEPS = 4
@@ -93,20 +92,22 @@ def _groups(codes: list[int]) -> list[_Group]:
     return groups
 
 
-def _pixels(group: _Group, height: int, width: int, device: torch.device) -> Tensor:
-    """Row-major pixels along the group's path, walked forwards, int32 (L,)."""
-    return _path_pixels(group.column, height, width, device)
+def _pixels(call: ScanCall, groups: list[_Group]) -> dict[_Group, Tensor]:
+    """Row-major pixels along each group's path, walked forwards, int32 (L,).
 
-
-@lru_cache(maxsize=256)
-def _path_pixels(column: int, height: int, width: int, device: torch.device) -> Tensor:
-    return route_order(column, height, width, None, device).to(torch.int32)
+    Made anew for each call, in its stream: a table kept from a graph capture would be unfilled outside of the graph.
+    """
+    height, width = call.x.shape[1:3]
+    rows = torch.arange(height * width, dtype=torch.int32, device=call.x.device)
+    columns = rows.view(height, width).t().contiguous() if any(group.column for group in groups) else rows
+    return {group: columns if group.column else rows for group in groups}
 
 
 class _Plan(NamedTuple):
     """Sizes of one call's launches and the arguments that all kernels share."""
 
     groups: list[_Group]
+    pixels: dict[_Group, Tensor]
     config: _Config
     length: int
     chunks: int
@@ -139,7 +140,13 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     n_routes = len(call.routes)
     # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
     row = max(call.dt.shape[-1], blocks * (rank + 2 * state))
-    largest = max(batch * length * dim, batch * length * n_routes * row, batch * n_routes * (chunks + 1) * dim * state)
+    largest = max(
+        batch * length * dim,
+        batch * length * n_routes * row,
+        batch * n_routes * (chunks + 1) * dim * state,
+        inputs.dt.extent,
+        inputs.rows.extent,
+    )
     meta = {
         "N": state,
         "CH": _LANES,
@@ -155,7 +162,10 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
         "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
         "num_warps": 1,
     }
-    return _Plan(_groups(call.routes), config, length, chunks, segments, segment_chunks, batch * segments, rank, meta)
+    groups = _groups(call.routes)
+    return _Plan(
+        groups, _pixels(call, groups), config, length, chunks, segments, segment_chunks, batch * segments, rank, meta
+    )
 
 
 class _Rows(NamedTuple):
@@ -163,6 +173,11 @@ class _Rows(NamedTuple):
 
     tensor: Tensor
     strides: tuple[int, int, int]
+
+    @property
+    def extent(self) -> int:
+        """One past the largest offset; more than the number of elements for a strided view."""
+        return 1 + sum((size - 1) * step for size, step in zip(self.tensor.shape, self.tensor.stride(), strict=True))
 
 
 def _rows(tensor: Tensor) -> _Rows:
@@ -184,7 +199,8 @@ def _packed_rows(call: ScanCall) -> _Rows:
     end = first.storage_offset()
     for part in parts:
         if (
-            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            part.stride(-1) != 1
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
             or part.storage_offset() != end
             or part.stride() != first.stride()
         ):
@@ -257,7 +273,7 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
 def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
     inputs = _inputs(call)
     plan = _plan(call, inputs, config)
-    batch, height, width, dim = call.x.shape
+    batch, dim = call.x.shape[0], call.x.shape[-1]
     n_routes, state = len(call.routes), call.A.shape[-1]
     x = inputs.x
     block = plan.config.block
@@ -280,7 +296,7 @@ def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
     def launch(group: _Group, entry: int, aggregate: bool) -> None:
         selective_scan_fwd_kernel[programs](
             x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A, inputs.D,
-            given, states, ends, sums, partial, y, waiting, _pixels(group, height, width, x.device),
+            given, states, ends, sums, partial, y, waiting, plan.pixels[group],
             plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
             n_routes, group.forward, group.reversed, int(group is not plan.groups[0]),
             ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
@@ -344,7 +360,7 @@ def _backward(
             states_waiting = scratch(plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
             for group in plan.groups:
                 selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
-                    grad_y, *shared, ends, sums, states_waiting, _pixels(group, height, width, x.device),
+                    grad_y, *shared, ends, sums, states_waiting, plan.pixels[group],
                     plan.lanes, plan.length, plan.segments, plan.segment_chunks,
                     dim, *inputs.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
                 )  # fmt: skip
@@ -355,7 +371,7 @@ def _backward(
             selective_scan_bwd_kernel[(channel_programs, plan.lane_programs)](
                 grad_y, x, *shared, inputs.D, states, states if entering is None else entering,
                 waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
-                _pixels(group, height, width, x.device),
+                plan.pixels[group],
                 plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
                 n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, batch,
                 ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,

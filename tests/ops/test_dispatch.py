@@ -135,3 +135,11 @@ def test_explain_refuses_what_the_op_refuses(make_inputs: Any) -> None:
 def test_explain_refuses_an_unknown_op(op: Any) -> None:
     with pytest.raises(ValueError, match="explain: unknown op"):
         ops.explain(op)
+
+
+def test_reference_is_no_operator(make_inputs: Any) -> None:
+    """The backward pass of another implementation's output cannot run in the reference: an error, not a fallback."""
+    arguments = make_inputs()
+    y = ops.selective_scan(**(arguments | {"x": arguments["x"].requires_grad_()}))
+    with ops.use_backend("reference"), pytest.raises(ValueError, match="the reference is not an operator"):
+        y.sum().backward()

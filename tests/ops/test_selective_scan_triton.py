@@ -150,7 +150,11 @@ def test_views_of_one_projection_are_not_copied() -> None:
         together = ops.selective_scan(**(arguments | views), routes=CROSS)
         transposed = arguments["x"].transpose(1, 2).contiguous().transpose(1, 2)
         strided = ops.selective_scan(**(arguments | {"x": transposed}), routes=CROSS)
+        # Equal strides and adjacent offsets, but the numbers of a row are not adjacent.
+        B, C, _ = torch.stack([arguments["B"], arguments["C"], arguments["B"]], dim=-1).unbind(-1)
+        apart = ops.selective_scan(**(arguments | {"B": B, "C": C}), routes=CROSS)
     assert torch.equal(separate, together)
+    assert torch.equal(separate, apart)
     assert torch.equal(separate, strided)
 
 
