@@ -206,11 +206,20 @@ def _kind(value: Any) -> str:
 
 
 def wrapper_of(checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
-    """The entry that ``unwrap`` takes the weights from: ``key``, else the first of ``WRAPPERS``, else None."""
+    """The entry that ``unwrap`` takes the weights from: ``key``, else the first of ``WRAPPERS``, else None.
+
+    A wrapper without tensors (averaged weights that were never filled, or kept as a pickled object) comes last.
+    """
     if key is not None and key not in checkpoint:
         raise ValueError(f"no entry {key!r} in the checkpoint, found {_names(checkpoint)}")
-    found = (name for name in WRAPPERS if isinstance(checkpoint.get(name), (Mapping, Placeholder)))
-    return next(found, None) if key is None else key
+    if key is not None:
+        return key
+    found = [name for name in WRAPPERS if isinstance(checkpoint.get(name), (Mapping, Placeholder))]
+    return next((name for name in found if _has_tensors(checkpoint[name])), found[0] if found else None)
+
+
+def _has_tensors(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
 
 
 def unwrap(state_dict: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
@@ -222,7 +231,7 @@ def unwrap(state_dict: Mapping[str, Any], key: str | None = None) -> dict[str, T
 
     Args:
         state_dict: what ``read_checkpoint`` returned, or a state dict.
-        key: the wrapper to take instead of the first of ``WRAPPERS`` that is there.
+        key: the wrapper to take instead of the first of ``WRAPPERS`` that holds tensors.
 
     Returns:
         New dict of name to tensor; the tensors are not copied.

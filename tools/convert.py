@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Annotated, Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
-from tyro.conf import Positional, arg
 
 from subquad.backbones import weights
 from subquad.backbones.registry import model_names
+
+with suppress(ImportError):  # only the command line reads the annotations, and it cannot run without tyro
+    from tyro.conf import Positional, arg
 
 
 @dataclass
@@ -102,7 +105,8 @@ def _write(state_dict: dict[str, Tensor], output: Path) -> None:
     try:
         # Parts of one tensor (a projection and its gate) share memory, which safetensors does not write.
         tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state_dict.items()}
-        save_file(tensors, temporary, {"format": "pt"})
+        # Not save_file, which makes its file unreadable for other users. More metadata would come in any order.
+        temporary.write_bytes(save(tensors, {"format": "pt"}))
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ EXPORT_FORMS: dict[Any, Callable[..., Any]] = {torch.ops.subquad.selective_scan.
 """For every operator of this library the form in standard operators that ``run_decompositions`` puts in its place."""
 
 _SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "hf": ""}
-_OLDEST_OPSET = 18
+_OPSETS = (18, 23)  # PyTorch's exporter writes none older; newer ones are not tried
 # Sizes 0 and 1 are constants to torch.export, so it is shown a batch of two; the program takes any.
 _TRACED_BATCH = 2
 _SMALLEST_TRACED = 64
@@ -74,7 +74,7 @@ class Options:
     """Export the feature maps (B, C, H, W) of all stages instead of logits (torch, onnx)."""
 
     num_classes: int | None = None
-    """Classes, the model's default if not given."""
+    """Classes; if not given, those of the checkpoint's classifier, or the model's default."""
 
     in_chans: int | None = None
     """Input channels, the model's default if not given."""
@@ -83,7 +83,7 @@ class Options:
     """Size, or height and width, to trace at (torch, onnx), the model's default if not given. Other sizes run too."""
 
     opset: int | None = None
-    """ONNX operator set, PyTorch's default if not given."""
+    """ONNX operator set, 18 to 23, PyTorch's default if not given."""
 
     check: bool = True
     """Read the result back and compare it with the model."""
@@ -135,10 +135,12 @@ def _check_options(options: Options) -> None:
     ):
         if given and not fits:
             raise ValueError(f"{name} does not apply to the format {options.format}")
-    if options.opset is not None and options.opset < _OLDEST_OPSET:
-        raise ValueError(f"opset must be at least {_OLDEST_OPSET}, got {options.opset}")
+    if options.opset is not None and not _OPSETS[0] <= options.opset <= _OPSETS[1]:
+        raise ValueError(f"opset must be from {_OPSETS[0]} to {_OPSETS[1]}, got {options.opset}")
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where the weights come from")
+    if options.pretrained and not timm.models.is_model_pretrained(options.model):
+        raise ValueError(f"{options.model!r} has no released weights; give a checkpoint or name another model")
     if options.num_classes is not None and options.num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {options.num_classes}")
     if options.in_chans is not None and options.in_chans < 1:
@@ -168,12 +170,21 @@ def _model(options: Options) -> Any:
     sizes: dict[str, Any] = {"num_classes": options.num_classes, "in_chans": options.in_chans}
     model: Any = timm.create_model(options.model, pretrained=options.pretrained, **sizes)
     if options.checkpoint is not None:
+        if options.num_classes is None:
+            _take_classes(model, options.checkpoint)
         weights.load_checkpoint(model, options.checkpoint)
     if options.features:
         state = model.state_dict()
         model = timm.create_model(options.model, features_only=True, in_chans=options.in_chans)
         model.model.load_state_dict({name: state[name] for name in model.model.state_dict()})
     return model.eval().requires_grad_(False)
+
+
+def _take_classes(model: Any, checkpoint: Path) -> None:
+    """Give the model as many classes as the checkpoint's classifier has, if there is one in it."""
+    classifier = weights.read_for(model, checkpoint).get(f"{model.pretrained_cfg['classifier']}.weight")
+    if classifier is not None and classifier.dim() == 2 and len(classifier) != model.num_classes:
+        model.reset_classifier(len(classifier))
 
 
 @contextmanager
@@ -292,7 +303,7 @@ def _as_list(output: Any) -> list[Tensor]:
 def _write_safetensors(model: nn.Module, path: Path, options: Options) -> str:
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     # Not save_file, which makes its file unreadable for other users.
-    path.write_bytes(save(tensors, metadata={"architecture": options.model}))
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
     return _compare_tensors(load_file(path), model.state_dict()) if options.check else ""
 
 
@@ -303,6 +314,8 @@ def _write_hf(model: Any, path: Path, options: Options) -> str:
     model.pretrained_cfg = dict(cfg, input_size=input_size, num_classes=model.num_classes, custom_load=False)
     args = {"num_classes": model.num_classes, "in_chans": model.in_chans}
     save_for_hf(model, str(path), model_args=args, safe_serialization=True)
+    # timm writes the weights with save_file too: give them the mode of an ordinary file.
+    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
     if not options.check:
         return ""
     loaded = timm.create_model(f"local-dir:{path}", pretrained=True)

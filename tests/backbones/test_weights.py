@@ -266,11 +266,10 @@ def test_whole_module_is_no_state_dict(zipped: bool, tmp_path: Path) -> None:
     path = _save(nn.Linear(2, 2), tmp_path / "module.pth", zipped)
     with pytest.raises(ValueError, match=r"found a pickled object of torch\.nn\.modules\.linear\.Linear"):
         weights.read_checkpoint(path)
-    wrapped = _save({"model_ema": nn.Linear(2, 2), "model": _tensors()}, tmp_path / "wrapped.pth", zipped)
-    read = weights.read_checkpoint(wrapped)
+    read = weights.read_checkpoint(_save({"model_ema": nn.Linear(2, 2), "model": _tensors()}, path, zipped))
     with pytest.raises(ValueError, match=r"'model_ema' is a pickled object of torch\.nn\.modules\.linear\.Linear"):
-        weights.unwrap(read)
-    _assert_bit_equal(weights.unwrap(read, "model"), _tensors())
+        weights.unwrap(read, "model_ema")
+    _assert_bit_equal(weights.unwrap(read), _tensors())
 
 
 # Errors ----------------------------------------------------------------------------------------------------------
@@ -338,6 +337,7 @@ ONE, TWO = torch.ones(1), torch.full((1,), 2.0)
         {"model": {"w": TWO}, "model_ema": {"w": ONE}},
         {"state_dict": {"w": TWO}, "state_dict_ema": {"w": ONE}},
         {"model": {"w": ONE}, "model_ema": None},
+        {"model": {"w": ONE}, "model_ema": {}, "state_dict_ema": {"step": 1}, "state_dict": {"w": TWO}},
         {"state_dict": {"module.w": ONE}},
         {"_orig_mod.module.w": ONE},
         {"module._orig_mod.w": ONE},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from subquad import cli
-
-pytest.importorskip("tyro", reason="needs tyro (extra train)")
-
 from subquad.tools import convert
 
 MODEL = "test_vmamba"
@@ -65,6 +64,8 @@ def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert torch.equal(converted["stem.conv2.weight"], state["patch_embed.5.weight"])
     with safe_open(output, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    (tmp_path / "ordinary").touch()
+    assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # other users may read it
 
 
 def test_timm_loads_the_result(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_timm_loads_the_result(state: dict[str, Tensor], tmp_path: Path) -> None
 def test_command_line(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("tyro", reason='the command line needs pip install "subquad[train]"')
     source = _checkpoint(tmp_path / "c.pth", state)
     output = tmp_path / "out.safetensors"
     assert cli.main(["convert", str(source), "--model", MODEL, "-o", str(output)]) == 0
@@ -88,6 +90,17 @@ def test_command_line(
     assert output.read_bytes() == (tmp_path / f"{MODEL}.safetensors").read_bytes()
     assert cli.main(["convert", "none.pth", "--model", MODEL]) == 2
     assert "none.pth: no such file" in capsys.readouterr().err
+
+
+def test_runs_without_tyro(state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tyro", "tyro.conf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("subquad.tools.convert", convert)  # the import below replaces it
+    monkeypatch.delitem(sys.modules, "subquad.tools.convert")
+    module = importlib.import_module("subquad.tools.convert")
+    assert not hasattr(module, "arg")
+    output = tmp_path / "out.safetensors"
+    assert module.run(module.Options(_checkpoint(tmp_path / "c.pth", state), MODEL, output)) == output
 
 
 def test_chosen_entry_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +154,7 @@ def test_output_that_cannot_be_written(state: dict[str, Tensor], tmp_path: Path)
         convert.run(convert.Options(source, MODEL, tmp_path / "none" / "out.safetensors"))
 
 
-@pytest.mark.parametrize("broken", ["subquad.tools.convert.save_file", "os.replace"])
+@pytest.mark.parametrize("broken", ["subquad.tools.convert.save", "os.replace"])
 def test_interrupted_write_keeps_the_old_file(
     broken: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

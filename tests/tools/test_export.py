@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -140,6 +141,8 @@ def test_safetensors_holds_our_names(checkpoints: Callable[..., Path], tmp_path:
     tensors = load_file(written)
     assert tensors.keys() == target.keys()
     assert all(torch.equal(tensors[name], target[name]) for name in target)
+    with safe_open(written, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_hf_folder_restores_classes_and_channels(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
@@ -154,6 +157,28 @@ def test_hf_folder_restores_classes_and_channels(checkpoints: Callable[..., Path
     assert loaded.num_classes == 7
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3)(image).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("safetensors", "x.safetensors"), ("hf", "folder")])
+def test_other_users_may_read_what_was_written(kind: Any, name: str, tmp_path: Path) -> None:
+    written = export.run(Options("test_vmamba", kind, tmp_path / name, check=False))
+    (tmp_path / "ordinary").touch()
+    files = sorted(written.iterdir()) if written.is_dir() else [written]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "ordinary").stat().st_mode}
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+def test_classes_are_those_of_the_checkpoint(upstream: bool, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoints("test_vmamba", num_classes=7)
+    target = load_file(path)
+    if upstream:
+        renamed = {name.replace("head.fc.", "classifier.head."): value for name, value in target.items()}
+        path = tmp_path / "upstream.safetensors"
+        save_file(renamed, path)
+    written = export.run(Options("test_vmamba", "safetensors", tmp_path / "x.safetensors", path))
+    assert torch.equal(load_file(written)["head.fc.weight"], target["head.fc.weight"])
+    with pytest.raises(ValueError, match=r"head\.fc\.weight is \(7, \d+\), expected \(3, "):
+        export.run(Options("test_vmamba", "safetensors", tmp_path / "y.safetensors", path, num_classes=3))
 
 
 def test_a_program_that_differs_is_refused() -> None:
@@ -203,7 +228,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "full folder": ({"format": "hf", "output": "full"}, ValueError, "full exists and is not an empty folder"),
     "folder for a file": ({"output": "folder.onnx"}, ValueError, "folder.onnx is a folder, expected a file"),
     "small": ({"image_size": (96, 32)}, ValueError, r"at least 64, got \(96, 32\)"),
-    "opset": ({"opset": 11}, ValueError, "opset must be at least 18, got 11"),
+    "old opset": ({"opset": 11}, ValueError, "opset must be from 18 to 23, got 11"),
+    "new opset": ({"opset": 99}, ValueError, "opset must be from 18 to 23, got 99"),
+    "nothing released": ({"pretrained": True}, ValueError, "'test_vmamba' has no released weights"),
     "opset elsewhere": ({"format": "hf", "output": "new", "opset": 20}, ValueError, "opset does not apply to .* hf"),
     "features elsewhere": ({"format": "hf", "output": "new", "features": True}, ValueError, "features does not apply"),
     "classes": ({"num_classes": -1}, ValueError, "num_classes must not be negative, got -1"),

@@ -25,7 +25,7 @@ from subquad.tools.train import Options, run
 from subquad.tools.training import checkpoints, session
 
 COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second"]
-FILES = {"best.safetensors", "last.safetensors", "state.pt", "metrics.csv", "curves.png", "options.json"}
+FILES = {"best.safetensors", "last.safetensors", "state.pt", "metrics.csv", "curves.png", "load.txt", "options.json"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,6 +109,7 @@ def test_digits_train_and_load_as_the_printed_line_says(tmp_path: Path, capsys: 
     summary = run(Options(output=output, epochs=3, aug="none"))
     printed = capsys.readouterr().out
     assert summary.load_line in printed.splitlines()
+    assert (output / "load.txt").read_text(encoding="utf-8") == summary.load_line + "\n"
     assert "timm.create_model('test_vmamba', num_classes=10," in summary.load_line
     assert summary.best_accuracy > 0.7
     assert {path.name for path in output.iterdir()} == FILES
@@ -182,11 +183,11 @@ class _Crash(BaseException):
     """Nothing catches it, as nothing catches a power cut."""
 
 
-@pytest.mark.parametrize("writes", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("writes", [1, 2, 3, 4, 5, 7, 8, 9])
 def test_crash_before_a_file_is_in_place(
     quick: Options, whole: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    """Files in order: options, then state, best, last, metrics and curves of each epoch (best where it improves)."""
+    """Files in order: options, then each epoch's state, best (if it improves), last, metrics, curves and load line."""
     count = 0
     replace_file = os.replace
 
@@ -209,8 +210,60 @@ def test_crash_before_a_file_is_in_place(
 def test_finished_run_resumes_to_nothing(quick: Options) -> None:
     before = run(quick)
     weights = (before.output / "last.safetensors").read_bytes()
-    assert run(Options(output=quick.output, resume=True)) == before
+    assert run(Options(output=quick.output, resume=True, epochs=12)) == before, "a default counts as not given"
     assert (before.output / "last.safetensors").read_bytes() == weights
+
+
+def _stop_after(epochs: int, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_epoch = train._train_epoch
+
+    def interrupted(session: session.Session, epoch: int, *bar: Any) -> tuple[float, float, float]:
+        if epoch > epochs:
+            raise KeyboardInterrupt
+        return run_epoch(session, epoch, *bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
+
+
+def test_resume_needs_the_checkpoint_only_before_the_first_state(
+    quick: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, moved = tmp_path / "start.pth", tmp_path / "moved.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), start)
+    monkeypatch.chdir(tmp_path)
+    quick = replace(quick, checkpoint=Path("start.pth"))
+    whole, killed, early = (replace(quick, output=tmp_path / name) for name in ("whole", "killed", "early"))
+    run(whole)
+    _stop_after(1, killed, monkeypatch)
+    _stop_after(0, early, monkeypatch)
+
+    monkeypatch.chdir(tmp_path / "photos")
+    run(Options(output=early.output, resume=True))
+    _assert_same_run(tmp_path / "early", tmp_path / "whole")
+    start.rename(moved)
+    with pytest.raises(ValueError, match=r"checkpoint was .*start\.pth when .* cannot become .*moved\.pth"):
+        run(Options(output=killed.output, resume=True, checkpoint=moved))
+    run(Options(output=killed.output, resume=True))
+    _assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_resume_does_not_load_released_weights_again(quick: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's name has released weights; nothing is downloaded here, as the start is made without them."""
+    create_model = timm.create_model
+    asked: list[bool] = []
+
+    def offline(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        asked.append(pretrained)
+        return create_model(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    _stop_after(0, replace(quick, pretrained=True), monkeypatch)
+    _stop_after(1, Options(output=quick.output, resume=True), monkeypatch)
+    run(Options(output=quick.output, resume=True))
+    assert asked == [True, True, False], "there is a state from the end of the first epoch on"
 
 
 def test_newest_run_is_resumed_by_default(quick: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,13 +426,16 @@ def test_two_processes_train_one_model(quick: Options, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
-@pytest.mark.slow
 def test_main_job_is_accurate_and_quick(tmp_path: Path) -> None:
-    """`subquad train` as it is: 95 % on held-out digits within five minutes on two cores."""
-    start = time.perf_counter()
+    """`subquad train` as it is: 95 % on held-out digits within five minutes on two cores.
+
+    The time is that of the processor, which other work on the machine does not lengthen: the run has one thread and no
+    worker processes, so that it takes as long on an idle machine.
+    """
+    start = time.process_time()
     summary = run(Options(output=tmp_path / "run"))
+    assert time.process_time() - start < 300
     assert summary.best_accuracy >= 0.95
-    assert time.perf_counter() - start < 300
 
 
 @pytest.mark.gpu

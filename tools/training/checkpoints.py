@@ -19,6 +19,7 @@ BEST = "best.safetensors"
 LAST = "last.safetensors"
 METRICS = "metrics.csv"
 CURVES = "curves.png"
+LOAD = "load.txt"
 
 _FORMAT = 1
 
@@ -44,8 +45,13 @@ def _flush(path: Path) -> None:
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as indented JSON."""
+    save_text(path, json.dumps(content, indent=2))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write ``text`` and the end of its line."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ _NOT_KEPT = ("output", "resume")
 
 @dataclass(frozen=True)
 class Options:
-    """Fine-tune a model on images and leave weights, resumable state, metrics and curves in one folder.
+    """Fine-tune a model on images; one folder gets weights, the line that loads them, state, metrics and curves.
 
     Runs on a GPU where there is one; on several with ``accelerate launch -m subquad train ...``.
     """
@@ -41,7 +41,8 @@ class Options:
     output: Path | None = None
     """Folder of the run. Default: runs/DATE_TIME_MODEL."""
     resume: bool = False
-    """Go on with the run in --output (default: the newest in runs/) with the options it was started with."""
+    """Go on with the run in --output (default: the newest in runs/) with the options it was started with.
+    Another value for one of them is refused; but an option's default counts as not given, and is ignored."""
 
     epochs: int = 12
     batch_size: int = 64
@@ -86,10 +87,10 @@ class Options:
 
 
 def complete(options: Options) -> Options:
-    """Fill in the default model, and make the data's path independent of the working directory."""
-    if options.data is None:
-        return replace(options, model=options.model or _DIGITS_MODEL)
-    return replace(options, model=options.model or _FOLDER_MODEL, data=options.data.resolve())
+    """Fill in the default model, and make the paths that a run keeps independent of the working directory."""
+    model = options.model or (_DIGITS_MODEL if options.data is None else _FOLDER_MODEL)
+    data, checkpoint = (path and path.resolve() for path in (options.data, options.checkpoint))
+    return replace(options, model=model, data=data, checkpoint=checkpoint)
 
 
 def check_options(options: Options) -> None:
@@ -155,6 +156,9 @@ def as_json(options: Options) -> dict[str, Any]:
 def continued(options: Options) -> Options:
     """The options of the run to resume; others that were given with ``--resume`` must agree with them.
 
+    A value that is an option's default cannot be told from one that was not given, and is ignored. Where the run has a
+    state, its start (``pretrained`` or ``checkpoint``) is left out: the state replaces it, and it may be gone.
+
     Raises:
         FileNotFoundError: if there is no run to resume.
         ValueError: for options that differ, or a file that does not hold options.
@@ -184,4 +188,6 @@ def continued(options: Options) -> Options:
                 f"{option.name} was {value} when the run in {str(output)!r} started and cannot become {given}: leave "
                 f"it out, or start a new run with --checkpoint {str(output / checkpoints.LAST)!r}"
             )
+    if (output / checkpoints.STATE).exists():
+        return replace(stored, pretrained=False, checkpoint=None)
     return stored

@@ -209,6 +209,7 @@ def _publish(session: Session) -> None:
     checkpoints.save_weights(session.output / checkpoints.LAST, state_dict)
     report.save_csv(session.output / checkpoints.METRICS, session.rows)
     report.save_curves(session.output / checkpoints.CURVES, session.rows, str(session.options.model))
+    checkpoints.save_text(session.output / checkpoints.LOAD, session.load_line)
 
 
 def restore(session: Session) -> None:
