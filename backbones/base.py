@@ -24,6 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from subquad.backbones import weights
+from subquad.backbones.images import check_images
 
 Factory = Callable[..., nn.Module]
 
@@ -191,6 +192,7 @@ class Pyramid(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError("output_fmt must be NCHW or NHWC")
+        check_images(x, self.in_chans)
         intermediates: list[Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
@@ -228,6 +230,7 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the last map, normalised: (B, H / r, W / r, num_features)."""
+        check_images(x, self.in_chans)
         x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)
@@ -362,6 +365,7 @@ class Isotropic(nn.Module):
 
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Images (B, C, H, W) to tokens and the height and width of their map."""
+        check_images(x, self.in_chans)
         x = self.stem(x)
         height, width = x.shape[1], x.shape[2]
         if self.pos_embed is not None:

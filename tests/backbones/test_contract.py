@@ -6,6 +6,7 @@ Small models stand for their families; what needs no weights is checked for ever
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
         model(x).square().mean().backward()
     for (parameter_name, expected), actual in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-7, msg=parameter_name)
+
+
+@small_models
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (1, 3, 0, 64), (1, 3, 64, 0)], ids=str)
+def test_images_of_a_wrong_shape(name: str, shape: tuple[int, ...]) -> None:
+    model = _model(name)
+    with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+        model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="expected images of shape"):
+        model.forward_intermediates(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"torch\.uint8"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 @small_models

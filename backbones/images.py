@@ -1,0 +1,20 @@
+"""The check of a model's input, in a form that TorchScript compiles and FX keeps as one node."""
+
+from __future__ import annotations
+
+import torch
+from timm.models import register_notrace_function
+
+
+@register_notrace_function
+def check_images(x: torch.Tensor, in_chans: int) -> None:
+    """Refuse what is no batch of images (B, ``in_chans``, H, W) in floating point.
+
+    Raises:
+        ValueError: naming the given and the expected shape.
+        TypeError: for integers, which a convolution would refuse with a message of its own.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError("expected images of shape (B, {}, H, W), got {}".format(in_chans, list(x.shape)))  # noqa: UP032
+    if not x.is_floating_point():
+        raise TypeError("expected images in floating point, got {}".format(x.dtype))  # noqa: UP032
