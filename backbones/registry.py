@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from timm.models import build_model_with_cfg, register_model
@@ -17,6 +18,14 @@ _names: list[str] = []
 def model_names() -> list[str]:
     """Names of this library's models in timm's registry, family by family."""
     return list(_names)
+
+
+def check_model(name: str) -> None:
+    """Raises ValueError, with close names, if ``name`` is not one of this library's models."""
+    if name not in _names:
+        close = get_close_matches(name, _names)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(_names)}"
+        raise ValueError(f"unknown model {name!r}, {hint}")
 
 
 def register_variants(

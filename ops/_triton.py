@@ -46,20 +46,20 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 def tuned(
-    key: str, x: torch.Tensor, candidates: Sequence[_Config], default: _Config, run: Callable[[_Config], object]
+    call: object, x: torch.Tensor, candidates: Sequence[_Config], default: _Config, run: Callable[[_Config], object]
 ) -> _Config:
     """The launch choices for a call, a NamedTuple of integers.
 
     That is ``default``, or with ``SUBQUAD_AUTOTUNE=1`` the fastest of ``candidates``.
 
-    The search runs once for a key and GPU and is kept in ``autotune.json`` in the folder that ``SUBQUAD_CACHE`` names
-    (``~/.cache/subquad`` by default).
+    The search runs once for a GPU and a ``call``, anything whose text tells calls apart. What it finds is kept in
+    ``autotune.json`` in the folder that ``SUBQUAD_CACHE`` names (``~/.cache/subquad`` by default).
     """
     if os.environ.get("SUBQUAD_AUTOTUNE") != "1" or x.device.type != "cuda":
         return default
     import triton
 
-    key = f"{torch.cuda.get_device_name(x.device)} triton {triton.__version__} {key}"
+    key = f"{torch.cuda.get_device_name(x.device)} triton {triton.__version__} {call}"
     if not _tuning:
         _tuning.update(_read_tuning_file())
     if len(_tuning.get(key, ())) != len(default):  # absent, or of a release with other choices

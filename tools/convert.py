@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.registry import model_names
+from subquad.backbones.registry import check_model
 
 with suppress(ImportError):  # only the command line reads the annotations, and it cannot run without tyro
     from tyro.conf import Positional, arg
@@ -83,11 +82,7 @@ def run(options: Options) -> Path:
 
 
 def _model(options: Options) -> nn.Module:
-    names = model_names()
-    if options.model not in names:
-        close = get_close_matches(options.model, names)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
-        raise ValueError(f"unknown model {options.model!r}, {hint}")
+    check_model(options.model)
     return timm.create_model(options.model, num_classes=options.num_classes, in_chans=options.in_chans, device="meta")
 
 

@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from subquad.backbones import weights
-from subquad.backbones.registry import model_names
+from subquad.backbones.registry import check_model
 from subquad.ops.selective_scan.export_form import export_form
 
 with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
@@ -120,11 +119,7 @@ def run(options: Options) -> Path:
 
 
 def _check_options(options: Options) -> None:
-    names = model_names()
-    if options.model not in names:
-        close = get_close_matches(options.model, names)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
-        raise ValueError(f"unknown model {options.model!r}, {hint}")
+    check_model(options.model)
     if options.format not in _SUFFIXES:
         raise ValueError(f"unknown format {options.format!r}, expected one of {', '.join(_SUFFIXES)}")
     traced = options.format in ("torch", "onnx")

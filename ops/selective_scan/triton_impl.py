@@ -65,8 +65,7 @@ _CANDIDATES = [_Config(block, waves) for block in (16, 32) for waves in (12, 24,
 def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
     default = _CONFIGS[which, "one state" if call.A.shape[-1] == 1 else "many states"]
     rank = 0 if call.dt_weight is None else call.dt.shape[-1]
-    shape = f"x={tuple(call.x.shape)} K={len(call.routes)} N={call.A.shape[-1]} R={rank} {call.x.dtype}"
-    key = f"selective_scan {which} {shape}"
+    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank, call.x.dtype)
     return _triton.tuned(key, call.x, _CANDIDATES, default, run)
 
 
@@ -115,6 +114,7 @@ class _Plan(NamedTuple):
     segment_chunks: int
     lanes: int
     rank: int
+    strides: tuple[int, ...]  # of dt, then of the packed rows in units of their alignment
     meta: dict[str, object]
 
     @property
@@ -147,6 +147,8 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
         inputs.dt.extent,
         inputs.rows.extent,
     )
+    align = _alignment(inputs.rows)
+    strides = (*inputs.dt.strides, *(stride // align for stride in inputs.rows.strides))
     meta = {
         "N": state,
         "CH": _LANES,
@@ -154,7 +156,7 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
         "NP": max(16, triton.next_power_of_2(state)),
         "RANK": rank,
         "WIDTH": rank + 2 if state == 1 else rank,
-        "ALIGN": _alignment(inputs.rows),
+        "ALIGN": align,
         "TILES": CHUNK // _STEPS,
         "LOW_RANK": call.dt_weight is not None,
         "SOFTPLUS": call.dt_softplus,
@@ -164,7 +166,17 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     }
     groups = _groups(call.routes)
     return _Plan(
-        groups, _pixels(call, groups), config, length, chunks, segments, segment_chunks, batch * segments, rank, meta
+        groups=groups,
+        pixels=_pixels(call, groups),
+        config=config,
+        length=length,
+        chunks=chunks,
+        segments=segments,
+        segment_chunks=segment_chunks,
+        lanes=batch * segments,
+        rank=rank,
+        strides=strides,
+        meta=meta,
     )
 
 
@@ -229,12 +241,6 @@ class _Inputs(NamedTuple):
     weight: Tensor
     bias: Tensor
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Of dt and of the packed rows; the latter in units of their alignment."""
-        align = _alignment(self.rows)
-        return (*self.dt.strides, *(stride // align for stride in self.rows.strides))
-
 
 def _inputs(call: ScanCall) -> _Inputs:
     A = call.A.contiguous()
@@ -280,16 +286,16 @@ def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
     programs = (triton.cdiv(dim, block), plan.lane_programs)
     two_level = plan.segments > 1
 
-    def scratch(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    partial = scratch(*x.shape)
+    partial = _scratch(x, *x.shape)
     y = partial if call.out_dtype == torch.float32 else torch.empty_like(x, dtype=call.out_dtype)
-    states = scratch(batch, n_routes, plan.chunks + 1, dim, state)
-    waiting = scratch(programs[0] * programs[1], state, _LANES, block) if state > 1 else states
+    states = _scratch(x, batch, n_routes, plan.chunks + 1, dim, state)
+    waiting = _scratch(x, programs[0] * programs[1], state, _LANES, block) if state > 1 else states
     ends, sums = states, states
     if two_level:
-        ends, sums = scratch(batch, n_routes, plan.segments, dim, state), scratch(batch, n_routes, plan.segments, dim)
+        ends, sums = (
+            _scratch(x, batch, n_routes, plan.segments, dim, state),
+            _scratch(x, batch, n_routes, plan.segments, dim),
+        )
     given = states if call.initial_state is None else call.initial_state.contiguous()
     entry = _SAVED if two_level else _ZERO if call.initial_state is None else _GIVEN
 
@@ -297,7 +303,7 @@ def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
         selective_scan_fwd_kernel[programs](
             x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A, inputs.D,
             given, states, ends, sums, partial, y, waiting, plan.pixels[group],
-            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
+            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *plan.strides,
             n_routes, group.forward, group.reversed, int(group is not plan.groups[0]),
             ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
         )  # fmt: skip
@@ -337,32 +343,29 @@ def _backward(
     low_rank = call.dt_weight is not None
     row_width = plan.rank + 2 * state
 
-    def scratch(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    partial = scratch(*x.shape)
+    partial = _scratch(x, *x.shape)
     grad_x = partial if x.dtype == torch.float32 else torch.empty_like(x)
     grad_dt = x if low_rank else torch.empty(call.dt.shape, dtype=x.dtype, device=x.device)
-    rows = scratch(channel_programs, batch, height, width, n_routes, row_width)
-    params = scratch(plan.lane_programs, n_routes, dim, plan.rank + state + 2)
-    grad_initial = None if call.initial_state is None else scratch(*call.initial_state.shape)
+    rows = _scratch(x, channel_programs, batch, height, width, n_routes, row_width)
+    params = _scratch(x, plan.lane_programs, n_routes, dim, plan.rank + state + 2)
+    grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
     slots = (CHUNK // _STEPS + 2) * state
-    waiting = scratch(plan.lane_programs * channel_programs, slots, _LANES, block)
+    waiting = _scratch(x, plan.lane_programs * channel_programs, slots, _LANES, block)
     entering = grad_last_state
     shared = (inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
 
     with torch.cuda.device_of(x):
         if plan.segments > 1:
             ends, sums = (
-                scratch(batch, n_routes, plan.segments, dim, state),
-                scratch(batch, n_routes, plan.segments, dim),
+                _scratch(x, batch, n_routes, plan.segments, dim, state),
+                _scratch(x, batch, n_routes, plan.segments, dim),
             )
-            states_waiting = scratch(plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
+            states_waiting = _scratch(x, plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
             for group in plan.groups:
                 selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
                     grad_y, *shared, ends, sums, states_waiting, plan.pixels[group],
                     plan.lanes, plan.length, plan.segments, plan.segment_chunks,
-                    dim, *inputs.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
+                    dim, *plan.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
                 )  # fmt: skip
             mask = ~_reversed_mask(call) & ((1 << n_routes) - 1)
             entering = torch.empty_like(ends)
@@ -372,7 +375,7 @@ def _backward(
                 grad_y, x, *shared, inputs.D, states, states if entering is None else entering,
                 waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
                 plan.pixels[group],
-                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *inputs.strides,
+                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *plan.strides,
                 n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, batch,
                 ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,
                 OUTPUT=_writes(group, plan, grad_x), DOT=_dot_dtype(x), BC=block, **plan.meta,
@@ -391,6 +394,11 @@ def _backward(
         None if call.dt_bias is None else grad_bias.squeeze(-1).clone(),
         grad_initial,
     )
+
+
+def _scratch(x: Tensor, *shape: int) -> Tensor:
+    """Unfilled float32 memory beside x."""
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _writes(group: _Group, plan: _Plan, output: Tensor) -> bool:
