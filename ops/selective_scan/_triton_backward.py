@@ -1,131 +1,306 @@
 """Triton kernels of the selective scan: the backward pass. See triton_impl.py for the design."""
 
+import triton
 import triton.language as tl
 
-from subquad.ops.selective_scan._triton_forward import (
-    _column,
-    _exp_minus_abs,
+from subquad.ops.selective_scan._triton_tiles import (
+    _LN2,
+    _LOG2E,
+    _channels,
+    _collect,
+    _in_channels,
     _join_time,
     _kernel,
-    _load_pixels,
-    _load_rows,
-    _load_states,
-    _load_weight,
-    _raw_steps,
+    _lanes,
+    _load_route,
+    _load_state,
+    _load_tile,
+    _locate_columns,
+    _locate_map,
+    _parameters,
     _recur,
-    _softplus,
+    _recur_reversed,
+    _route,
+    _select,
     _split_time,
     _steps,
+    _store_state,
     _sum_time,
+    _to_map,
 )
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+
+@triton.jit
+def _adjoint(b_q, b_a, b_c, BC: tl.constexpr):
+    """G_t = q_t + c_t, q_{t-1} = a_t G_t from step 7 to 0: all G, and the q that leaves step 0."""
+    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
+    c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7 = _split_time(b_c, BC)
+    g_7 = b_q + c_7
+    g_6 = a_7 * g_7 + c_6
+    g_5 = a_6 * g_6 + c_5
+    g_4 = a_5 * g_5 + c_4
+    g_3 = a_4 * g_4 + c_3
+    g_2 = a_3 * g_3 + c_2
+    g_1 = a_2 * g_2 + c_1
+    g_0 = a_1 * g_1 + c_0
+    return _join_time(g_0, g_1, g_2, g_3, g_4, g_5, g_6, g_7, BC), a_0 * g_0
+
+
+@triton.jit
+def _adjoint_reversed(b_q, b_a, b_c, BC: tl.constexpr):
+    """The adjoint of a reversed route, from step 0 to 7."""
+    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
+    c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7 = _split_time(b_c, BC)
+    g_0 = b_q + c_0
+    g_1 = a_0 * g_0 + c_1
+    g_2 = a_1 * g_1 + c_2
+    g_3 = a_2 * g_2 + c_3
+    g_4 = a_3 * g_3 + c_4
+    g_5 = a_4 * g_4 + c_5
+    g_6 = a_5 * g_5 + c_6
+    g_7 = a_6 * g_6 + c_7
+    return _join_time(g_0, g_1, g_2, g_3, g_4, g_5, g_6, g_7, BC), a_7 * g_7
 
 
 @_kernel
-def selective_scan_bwd_kernel_aggregate(
-    p_gy, p_dt, p_rows, p_weight, p_bias, p_A, p_ends, p_sums, p_scratch, p_pixels,
-    n_lanes, length, segments, segment_chunks, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-    n_routes, k_forward, k_reversed,
-    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+def selective_scan_bwd_kernel_states(
+    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_paths, p_states, p_entries,
+    p_tiles, p_adjoints, p_sums, p_ends, p_totals, p_ginitial, p_scratch,
+    n_lanes, length, segments, segment_tiles, slots, dim,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
+    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
+    KEEP_INITIAL: tl.constexpr,
+    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """q_{t-1} = exp(d_t A) (q_t + C_t gy_t) from q = 0 at the segment's end: the adjoint state that leaves the segment.
+    """States and adjoint states without gradients, walked from the path's start: what the gradient pass, which walks
+    from the end, cannot know when it comes to a tile.
 
-    Grid (E / BC, lanes / CH), one warp. Writes the adjoint state at the segment's start and the sum of its steps.
+    Grid (E / BC, lanes / 4, groups), one warp; on chip: state and adjoints. Writes for each tile the forward route's
+    state at its start (``p_tiles``, from the saved state at the segment's start) and the reversed route's adjoint state
+    there, q_{t-1} = exp(d_t A) (q_t + C_t gy_t) (``p_adjoints``). With TWO_LEVEL the latter starts from zero in each
+    segment and comes with the sum of steps up to there, and both routes' adjoints that leave the segment are written.
     """
-    T: tl.constexpr = 4 * CH
-    o_ch = tl.arange(0, CH)
-    o_lane = tl.program_id(1) * CH + o_ch
-    m_lane = o_lane < n_lanes
-    o_row = tl.arange(0, T)
-    o_rlane = tl.program_id(1) * CH + o_row % CH
-    o_rbatch = (o_rlane // segments).to(INDEX)
-    o_rstart = (o_rlane % segments) * (segment_chunks * TILES * 4)
-    o_rend = tl.where(o_rlane < n_lanes, length, 0)
-    o_block = tl.arange(0, BC)
-    o_c = tl.program_id(0) * BC + o_block
-    m_c = o_c < dim
-    m_state = m_lane[:, None] & m_c[None, :]
-    o_r = tl.arange(0, BR)
-    n_tiles = segment_chunks * TILES
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    p_slot = p_scratch + program * (N * CH * BC) + (o_ch * BC)[:, None] + o_block[None, :]
-    for direction in range(2):
-        k = tl.where(direction == 0, k_forward, k_reversed)
-        if k >= 0:
-            o_e = k * dim + o_c
-            b_bias = tl.load(p_bias + o_e, mask=m_c, other=0.0)
-            b_w = 0.0
-            if LOW_RANK:
-                b_w = _load_weight(p_weight, o_e, m_c, o_r, RANK, p_rows.dtype.element_ty)
-            b_A = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
-            o_dtrow = o_rbatch * stride_dt_b + k * stride_dt_k
-            o_first = o_rbatch * stride_row_b + k * stride_row_k
-            b_q = tl.zeros((CH, BC), dtype=tl.float32)
-            if N > 1:
-                for n in range(N):
-                    tl.store(p_slot + n * (CH * BC), b_q)
-            b_sum = tl.zeros((CH, BC), dtype=tl.float32)
-            # Against the route: its last step first; the rows of a tile stay in the route's order.
-            move = 8 * direction - 4
-            o_t = o_rstart + (n_tiles * 4 - 4) * (1 - direction) + 3 * direction + (o_row // CH) * (1 - 2 * direction)
-            o_next = _load_pixels(p_pixels, o_t, o_rend)
-            for _ in range(n_tiles):
-                o_p = o_next
-                o_t += move
-                o_next = _load_pixels(p_pixels, o_t, o_rend)
-                m_t = o_p >= 0
-                o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                o_prow = (o_first + o_p * stride_row_p) * ALIGN
-                b_gy = tl.load(p_gy + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-                b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
-                if N > 1:
-                    b_Cs = _load_states(p_rows, o_prow, m_t, RANK + N, N, NP)
-                b_d = _steps(
-                    p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, SOFTPLUS, PRECISION
-                )
-                b_sum += _sum_time(b_d, CH, BC)
-                for n in range(N):
-                    if N > 1:
-                        b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
-                        b_q = tl.load(p_slot + n * (CH * BC))
-                        b_C = _column(b_Cs, n, NP, BC, PRECISION)
-                    else:
-                        b_C = _column(b_rows, RANK + 1, BR, BC, PRECISION)
-                    a_0, a_1, a_2, a_3 = _split_time(tl.exp2(b_d * b_A[None, :]), CH, BC)
-                    c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C, CH, BC)
-                    b_q = a_3 * (b_q + c_3)
-                    b_q = a_2 * (b_q + c_2)
-                    b_q = a_1 * (b_q + c_1)
-                    b_q = a_0 * (b_q + c_0)
-                    if N > 1:
-                        tl.store(p_slot + n * (CH * BC), b_q)
-            o_path = (o_lane // segments).to(INDEX) * n_routes + k
-            o_end = (o_path * segments + o_lane % segments) * dim
-            tl.store(p_sums + o_end[:, None] + o_c[None, :], b_sum, mask=m_state)
+    group = tl.program_id(2)
+    k_f = _route(routes, group * 2)
+    k_r = _route(routes, group * 2 + 1)
+    p_path = p_paths + group * length
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    o_c, o_sc = _channels(tl.program_id(0), BC)
+    m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
+    m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+    o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+    o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - tl.program_id(0) * BC
+    i_program = (group * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    p_slot = p_scratch + i_program * (3 * N * 4 * BC) + o_slot
+    o_tile = ((group * images + o_b) * segments + o_segment) * segment_tiles * dim
+    p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
+    o_pathf = o_b * n_routes + k_f
+    o_pathr = o_b * n_routes + k_r
+    p_state = p_states + ((o_pathf * slots + o_segment * segment_tiles // 8) * dim * N)[:, None, None]
+    p_state += (o_sc * N)[None, :, :]
+    b_h = tl.zeros((BC, 4), dtype=tl.float32)
+    b_qf = tl.zeros((BC, 4), dtype=tl.float32)
+    b_qr = tl.zeros((BC, 4), dtype=tl.float32)
+    b_sumf = tl.zeros((BC, 4), dtype=tl.float32)
+    b_sumr = tl.zeros((BC, 4), dtype=tl.float32)
+    for n in range(N):
+        if FORWARD:
+            b_h = _load_state(p_state + n, m_state, BC) * _LOG2E
+        if ENTRY:
+            b_qr = _load_state(p_entries + ((o_pathr * N + n) * dim)[:, None, None] + o_sc[None, :, :], m_state, BC)
+        if N > 1:
+            _store_state(p_slot + n * (4 * BC), b_h, m_state, BC)
+            _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
+            _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
+    for tile in range(segment_tiles):
+        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
+        o_mb, o_mp, o_map, m_map = _locate_map(
+            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+        )
+        b_gy = _load_tile(p_gy, o_map, m_map, BC)
+        if FORWARD:
+            b_x = _load_tile(p_x, o_map, m_map, BC)
+            b_rows, b_bc, b_s = _load_route(
+                p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
+                stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+            )  # fmt: skip
+            b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
+            b_dx = b_d * b_x
             for n in range(N):
                 if N > 1:
-                    b_q = tl.load(p_slot + n * (CH * BC))
-                tl.store(p_ends + o_end[:, None] * N + (o_c * N)[None, :] + n, b_q, mask=m_state)
+                    b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
+                    b_h = _load_state(p_slot + n * (4 * BC), m_state, BC)
+                    b_qf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
+                _store_state(p_tile + (tile * N + n) * dim, b_h, m_state, BC)
+                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
+                b_a = tl.exp2(b_d * b_Af[:, None])
+                b_hs, b_h = _recur(b_h, b_a, b_dx * b_B, BC)
+                if TWO_LEVEL:
+                    b_qf = _collect(b_qf, tl.exp2(b_sumf * b_Af[:, None]), b_a, b_gy * b_C, BC)
+                if N > 1:
+                    _store_state(p_slot + n * (4 * BC), b_h, m_state, BC)
+                    _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
+            if TWO_LEVEL:
+                b_sumf += _sum_time(b_d, BC)
+        if REVERSED:
+            b_rows, b_bc, b_s = _load_route(
+                p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
+                stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+            )  # fmt: skip
+            b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
+            if TWO_LEVEL:
+                _store_state(p_sum + tile * dim, b_sumr, m_state, BC)
+                b_sumr += _sum_time(b_d, BC)
+            for n in range(N):
+                if N > 1:
+                    b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
+                    b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
+                _store_state(p_adjoint + (tile * N + n) * dim, b_qr, m_state, BC)
+                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
+                b_g, b_qr = _adjoint_reversed(b_qr, tl.exp2(b_d * b_Ar[:, None]), b_gy * b_C, BC)
+                if N > 1:
+                    _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
+    if TWO_LEVEL:
+        if FORWARD:
+            o_total = (o_pathf * segments + o_segment) * dim
+            _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumf, m_state, BC)
+            p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
+            for n in range(N):
+                if N > 1:
+                    b_qf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
+                _store_state(p_end + n * dim, b_qf, m_state, BC)
+        if REVERSED:
+            o_total = (o_pathr * segments + o_segment) * dim
+            _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumr, m_state, BC)
+            p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
+            for n in range(N):
+                if N > 1:
+                    b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
+                _store_state(p_end + n * dim, b_qr, m_state, BC)
+    elif REVERSED and KEEP_INITIAL:
+        for n in range(N):
+            if N > 1:
+                b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
+            p_first = p_ginitial + (o_pathr * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
+            _store_state(p_first, b_qr, m_state, BC)
+
+
+@triton.jit
+def _route_gradients(
+    p_A, o_e, m_c, m_state, p_in, p_carry, p_gA, p_entry, b_sum, b_A, b_in, b_carry, b_gA,
+    b_w, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
+    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr,
+    REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A tile's share of one route's gradients.
+
+    ``b_in`` is what enters the tile from memory (h for a forward route, q for a reversed one), ``b_carry`` what comes
+    from the tile before (q, h). Returns the carry, gA * log2(e)^2, gx * log2(e), gs, and gdt, gB, gC times log2(e):
+    [BR, 32] for the first R entries of a packed row (all of them with one state), [BN, 32] for B and C.
+    """
+    b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
+    b_dx = b_d * b_x
+    b_gd = tl.zeros((BC, 32), dtype=tl.float32)
+    b_low = tl.zeros((BR, 32), dtype=tl.float32)
+    b_gbc = tl.zeros((BN, 32), dtype=tl.float32)
+    for n in range(N):
+        if N > 1:
+            b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0)
+            b_in = _load_state(p_in + n * dim, m_state, BC)
+            b_carry = _load_state(p_carry + n * (4 * BC), m_state, BC)
+            b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
+            if TWO_LEVEL and REVERSED:
+                b_in += tl.exp2(b_sum * b_A[:, None]) * _load_state(p_entry + n * dim, m_state, BC)
+        b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
+        b_a = tl.exp2(b_d * b_A[:, None])
+        b_b = b_dx * b_B
+        if REVERSED:
+            b_h, b_carry = _recur_reversed(b_carry, b_a, b_b, BC)
+            b_g, b_in = _adjoint_reversed(b_in, b_a, b_gy * b_C, BC)
+        else:
+            b_h, b_in = _recur(b_in, b_a, b_b, BC)
+            b_g, b_carry = _adjoint(b_carry, b_a, b_gy * b_C, BC)
+        b_gp = b_g * (b_h - b_b)
+        b_gb = b_g * b_B
+        b_gx += b_gb * b_d
+        b_gd += b_gb * b_x + b_gp * (b_A * _LN2)[:, None]
+        b_gA += _sum_time(b_gp * b_d, BC)
+        # Sums over channels as products with rows of ones at the place of B and C in the packed row.
+        if N == 1:
+            b_low = _add_row(b_low, b_g * b_dx, RANK, DOT, PRECISION)
+            b_low = _add_row(b_low, b_gy * b_h, RANK + 1, DOT, PRECISION)
+        else:
+            b_gbc = _add_row(b_gbc, b_g * b_dx, n, DOT, PRECISION)
+            b_gbc = _add_row(b_gbc, b_gy * b_h, N + n, DOT, PRECISION)
+            _store_state(p_carry + n * (4 * BC), b_carry, m_state, BC)
+            _store_state(p_gA + n * (4 * BC), b_gA, m_state, BC)
+    if SOFTPLUS:
+        b_gd = b_gd * tl.exp2(b_s - b_d)  # sigmoid(s) = exp(s - softplus(s))
+    if not EVEN:
+        b_gd = tl.where(m_t[None, :], b_gd, 0.0)
+    if LOW_RANK:
+        b_low = tl.dot(tl.trans(b_w.to(DOT)), b_gd.to(DOT), acc=b_low, input_precision=PRECISION)
+    return b_carry, b_gA, b_gx, b_gd, b_low, b_gbc
+
+
+@triton.jit
+def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the column sums of b [BC, 32] to a row of ``b_sum``."""
+    o_r = tl.arange(0, b_sum.shape[0])
+    b_unit = tl.broadcast_to(tl.where(o_r == row, 1.0, 0.0)[:, None], (b_sum.shape[0], b.shape[0])).to(DOT)
+    return tl.dot(b_unit, b.to(DOT), acc=b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_rows(p_grow, b, m_t, more, WIDTH: tl.constexpr):
+    """Write columns of b [., 32] as packed rows, or with ``more`` add them to what is there."""
+    o_r = tl.arange(0, b.shape[0])
+    m_r = m_t[:, None] & (o_r < WIDTH)[None, :]
+    p_r = p_grow[:, None] + o_r[None, :]
+    b = tl.trans(b) * _LN2 + tl.load(p_r, mask=m_r & more, other=0.0)
+    tl.store(p_r, b, mask=m_r)
+
+
+@triton.jit
+def _store_parameters(
+    p_param, b_gw, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state,
+    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
+):  # fmt: skip
+    """Write a route's [E, R + N + 2] gradients of weight, A, D and bias, summed over this program's lanes."""
+    p_row = p_param + o_c * (RANK + N + 2)
+    if LOW_RANK:
+        o_r = tl.arange(0, BR)
+        tl.store(p_row[:, None] + o_r[None, :], b_gw, mask=(o_r < RANK)[None, :] & m_c[:, None])
+    for n in range(N):
+        if N > 1:
+            b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
+        tl.store(p_row + (RANK + n), tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
+    tl.store(p_row + (RANK + N), tl.sum(b_gD, 1), mask=m_c)
+    tl.store(p_row + (RANK + N + 1), tl.sum(b_gbias, 1), mask=m_c)
 
 
 @_kernel
 def selective_scan_bwd_kernel(
-    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_states, p_q, p_scratch,
-    p_partial, p_gx, p_gdt, p_grows, p_gparams, p_ginitial, p_pixels,
-    n_lanes, length, segments, segment_chunks, chunks, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-    n_routes, k_forward, k_reversed, add, blocks, images,
-    N: tl.constexpr, CH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ENTRY: tl.constexpr, KEEP_INITIAL: tl.constexpr,
-    OUTPUT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr,
+    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_states, p_entries, p_tiles, p_adjoints, p_sums,
+    p_before, p_gx, p_gdt, p_grows, p_gparams, p_ginitial, p_scratch,
+    n_lanes, length, segments, segment_tiles, slots, dim,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, blocks, images,
+    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
+    KEEP_INITIAL: tl.constexpr,
+    LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all inputs from the states saved at chunk entries and the adjoint states entering the segments.
+    """Gradients of all inputs, for the two routes of one group, walked from the path's end.
 
     With G_t = q_t + C_t gy_t (total adjoint of h_t), q_{t-1} = a_t G_t, p_t = a_t h_{t-1} = h_t - d_t B_t x_t:
         gx_t = D gy_t + d_t sum_n G_t B_t      gB_t = sum_c G_t d_t x_t      gC_t = sum_c gy_t h_t
@@ -133,223 +308,153 @@ def selective_scan_bwd_kernel(
         gs_t = gd_t sigmoid(s_t)               gbias = sum_t gs_t
         gdt_t = gs_t . weight                  gweight = sum_t gs_t dt_t     (low-rank steps)
 
-    Grid (channel blocks / ``blocks``, lanes / CH), one warp that loops over its channel blocks. Each chunk is walked
-    twice: in the route's order to put the state entering each tile into ``p_scratch`` (L1, L2), then backwards.
-    ``p_scratch`` of a program: N adjoint states, N sums of gA, then TILES x N states, all [CH, BC].
+    Grid (channel blocks / ``blocks``, lanes / 4), one warp that loops over its channel blocks. On chip: the forward
+    route's adjoint state and the reversed route's state; the other two enter each tile from ``p_tiles`` and
+    ``p_adjoints``. With N > 1 both, and the sums of gA, wait in ``p_scratch`` (L1) between tiles.
     Sums over channels go to ``p_grows`` ([grid 0, B, L, K, R + 2N]: gdt, gB, gC), sums over lanes to ``p_gparams``
     ([grid 1, K, E, R + N + 2]: gweight, gA, gD, gbias); both are added up outside, in a fixed order.
     """
-    T: tl.constexpr = 4 * CH
-    SLOT: tl.constexpr = CH * BC
-    o_ch = tl.arange(0, CH)
-    o_lane = tl.program_id(1) * CH + o_ch
-    m_lane = o_lane < n_lanes
-    o_batch = (o_lane // segments).to(INDEX)
-    o_segment = o_lane % segments
-    o_row = tl.arange(0, T)
-    o_rlane = tl.program_id(1) * CH + o_row % CH
-    o_rbatch = (o_rlane // segments).to(INDEX)
-    o_rsegment = o_rlane % segments
-    o_rend = tl.where(o_rlane < n_lanes, length, 0)
-    o_r = tl.arange(0, BR)
-    o_block = tl.arange(0, BC)
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    p_adjoint = p_scratch + program * ((TILES + 2) * N * SLOT) + (o_ch * BC)[:, None] + o_block[None, :]
-    p_gA = p_adjoint + N * SLOT
-    p_slot = p_adjoint + 2 * N * SLOT
-    o_grow = (tl.program_id(0).to(INDEX) * images + o_rbatch) * length
-    for direction in range(2):
-        k = tl.where(direction == 0, k_forward, k_reversed)
-        if k >= 0:
-            o_dtrow = o_rbatch * stride_dt_b + k * stride_dt_k
-            o_first = o_rbatch * stride_row_b + k * stride_row_k
-            o_path = o_batch * n_routes + k
-            added = tl.maximum(add, tl.where(k_forward >= 0, direction, 0))
-            for block in range(blocks):
-                o_c = (tl.program_id(0) * blocks + block) * BC + o_block
-                m_c = o_c < dim
-                m_state = m_lane[:, None] & m_c[None, :]
-                o_e = k * dim + o_c
-                b_bias = tl.load(p_bias + o_e, mask=m_c, other=0.0)
-                b_D = tl.load(p_D + o_e, mask=m_c, other=0.0)
-                b_w = 0.0
+    k_f = _route(routes, 0)
+    k_r = _route(routes, 1)
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    width: tl.constexpr = RANK + 2 * N
+    i_program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    o_tile = (o_b * segments + o_segment) * segment_tiles * dim
+    o_pathf = o_b * n_routes + k_f
+    o_pathr = o_b * n_routes + k_r
+    o_last = tl.minimum(o_segment * (segment_tiles // 8) + segment_tiles // 8, slots - 1) - 1
+    for block in range(blocks):
+        i_block = tl.program_id(0) * blocks + block
+        o_c, o_sc = _channels(i_block, BC)
+        m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
+        m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
+        o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - i_block * BC
+        p_slot = p_scratch + i_program * (4 * N * 4 * BC) + o_slot  # q of the forward route, h of the other, both gA
+        p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+        p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+        p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
+        p_entryf = p_entries + ((o_pathf * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
+        p_entryr = p_entries + ((o_pathr * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
+        o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+        o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+        b_D = tl.zeros((BC,), dtype=tl.float32)
+        if FORWARD:
+            b_D += tl.load(p_D + o_ef, mask=m_c, other=0.0)
+        if REVERSED:
+            b_D += tl.load(p_D + o_er, mask=m_c, other=0.0)
+        b_q = tl.zeros((BC, 4), dtype=tl.float32)
+        b_h = tl.zeros((BC, 4), dtype=tl.float32)
+        b_entry = tl.zeros((BC, 4), dtype=tl.float32)
+        b_gAf = tl.zeros((BC, 4), dtype=tl.float32)
+        b_gAr = tl.zeros((BC, 4), dtype=tl.float32)
+        for n in range(N):
+            if FORWARD and ENTRY:
+                b_q = _load_state(p_entryf + n * dim, m_state, BC)
+            if REVERSED:
+                p_state = p_states + ((o_pathr * slots + o_last) * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
+                b_h = _load_state(p_state, m_state, BC) * _LOG2E
+                if TWO_LEVEL:
+                    b_entry = _load_state(p_entryr + n * dim, m_state, BC)
+            if N > 1:
+                _store_state(p_slot + n * (4 * BC), b_q, m_state, BC)
+                _store_state(p_slot + (N + n) * (4 * BC), b_h, m_state, BC)
+                _store_state(p_slot + (2 * N + n) * (4 * BC), b_gAf, m_state, BC)
+                _store_state(p_slot + (3 * N + n) * (4 * BC), b_gAr, m_state, BC)
+        b_gD = tl.zeros((BC, 4), dtype=tl.float32)
+        b_gbiasf = tl.zeros((BC, 4), dtype=tl.float32)
+        b_gbiasr = tl.zeros((BC, 4), dtype=tl.float32)
+        b_gwf = tl.zeros((BC, BR), dtype=tl.float32)
+        b_gwr = tl.zeros((BC, BR), dtype=tl.float32)
+        for step in range(segment_tiles):
+            tile = segment_tiles - 1 - step
+            o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
+            o_mb, o_mp, o_map, m_map = _locate_map(
+                p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+            )
+            b_x = _load_tile(p_x, o_map, m_map, BC)
+            b_gy = _load_tile(p_gy, o_map, m_map, BC)
+            b_sum = tl.zeros((BC, 4), dtype=tl.float32)
+            if FORWARD:
+                b_hf = _load_state(p_tile + tile * N * dim, m_state, BC)
+            if REVERSED:
+                b_qr = _load_state(p_adjoint + tile * N * dim, m_state, BC)
+                if TWO_LEVEL:
+                    b_sum = _load_state(p_sum + tile * dim, m_state, BC)
+                    b_qr += tl.exp2(b_sum * b_Ar[:, None]) * b_entry
+            b_gD += _sum_time(b_gy * b_x, BC)
+            b_gx = tl.zeros((BC, 32), dtype=tl.float32)
+            # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
+            o_grow = ((tl.program_id(0).to(INDEX) * images + o_nb) * length + o_np) * n_routes
+            if FORWARD:
+                b_rows, b_bc, b_s = _load_route(
+                    p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
+                    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                    N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                )  # fmt: skip
+                b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
+                    p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
+                    b_sum, b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
+                    N, BC, BR, BN, RANK, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+                )  # fmt: skip
+                b_gbiasf += _sum_time(b_gs, BC)
+                p_grow = p_grows + (o_grow + k_f) * width
                 if LOW_RANK:
-                    b_w = _load_weight(p_weight, o_e, m_c, o_r, RANK, p_x.dtype.element_ty)
-                p_state = p_states + (o_path * slots * dim)[:, None] * N + (o_c * N)[None, :]
-                b_q = tl.zeros((CH, BC), dtype=tl.float32)
-                b_gA = tl.zeros((CH, BC), dtype=tl.float32)
-                for n in range(N):
-                    if ENTRY == 1:
-                        o_q = (o_path * segments + o_segment) * dim  # one segment: the gradient of the last state
-                        b_q = tl.load(p_q + o_q[:, None] * N + (o_c * N)[None, :] + n, mask=m_state, other=0.0)
-                    if N > 1:
-                        tl.store(p_adjoint + n * SLOT, b_q)
-                        tl.store(p_gA + n * SLOT, b_gA)
-                b_gD = tl.zeros((CH, BC), dtype=tl.float32)
-                b_gbias = tl.zeros((CH, BC), dtype=tl.float32)
-                b_gw = tl.zeros((BR, BC), dtype=tl.float32)
-                for chunk_step in range(segment_chunks):
-                    chunk = tl.where(direction == 0, segment_chunks - 1 - chunk_step, chunk_step)
-                    o_chunk = o_segment * segment_chunks + chunk
-                    m_entry = m_state & (o_chunk < chunks)[:, None]
-                    b_h = tl.zeros((CH, BC), dtype=tl.float32)
-                    for n in range(N):
-                        b_h = tl.load(p_state + (o_chunk * dim)[:, None] * N + n, mask=m_entry, other=0.0)
-                        if N > 1:
-                            tl.store(p_slot + n * SLOT, b_h)
-                    b_A = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
-                    move = 4 - 8 * direction
-                    o_t = (o_rsegment * segment_chunks + chunk) * (TILES * 4)
-                    o_t = o_t + (TILES * 4 - 1) * direction + (o_row // CH) * (1 - 2 * direction)
-                    o_next = _load_pixels(p_pixels, o_t, o_rend)
-                    for tile in range(TILES - 1):
-                        o_p = o_next
-                        o_t += move
-                        o_next = _load_pixels(p_pixels, o_t, o_rend)
-                        m_t = o_p >= 0
-                        o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                        o_prow = (o_first + o_p * stride_row_p) * ALIGN
-                        b_x = tl.load(p_x + o_x, mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-                        b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
-                        if N > 1:
-                            b_Bs = _load_states(p_rows, o_prow, m_t, RANK, N, NP)
-                        b_d = _steps(
-                            p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c,
-                            LOW_RANK, SOFTPLUS, PRECISION,
-                        )  # fmt: skip
-                        b_dx = b_d * b_x
-                        for n in range(N):
-                            if N > 1:
-                                b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
-                                b_h = tl.load(p_slot + (tile * N + n) * SLOT)
-                                b_B = _column(b_Bs, n, NP, BC, PRECISION)
-                            else:
-                                tl.store(p_slot + tile * SLOT, b_h)
-                                b_B = _column(b_rows, RANK, BR, BC, PRECISION)
-                            b_a = tl.exp2(b_d * b_A[None, :])
-                            _, _, _, b_h = _recur(b_h, b_a, b_dx * b_B, CH, BC)
-                            if N > 1:
-                                tl.store(p_slot + ((tile + 1) * N + n) * SLOT, b_h)
-                    if N == 1:
-                        tl.store(p_slot + (TILES - 1) * SLOT, b_h)
-                    tl.debug_barrier()
-                    # Loaded again: triton 3.6 hoists a layout conversion that two loops share into the first of them.
-                    b_A2 = tl.load(p_A + o_e * N, mask=m_c, other=0.0) * _LOG2E
-                    for step in range(TILES):
-                        tile = TILES - 1 - step
-                        o_p = o_next
-                        o_t -= move
-                        o_next = _load_pixels(p_pixels, o_t, o_rend)
-                        m_t = o_p >= 0
-                        m_x = m_t[:, None] & m_c[None, :]
-                        o_x = ((o_rbatch * length + o_p) * dim)[:, None] + o_c[None, :]
-                        o_prow = (o_first + o_p * stride_row_p) * ALIGN
-                        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-                        b_gy = tl.load(p_gy + o_x, mask=m_x, other=0.0).to(tl.float32)
-                        b_rows = _load_rows(p_rows, o_prow, m_t, o_r, WIDTH)
-                        # The second walk, and every walk of a later group, adds to what is there.
-                        m_add = m_t[:, None] & (o_c < dim * added)[None, :]
-                        b_before = tl.load(p_partial + o_x, mask=m_add, other=0.0)
-                        b_first = tl.load(p_slot + tile * (N * SLOT))
-                        if N > 1:
-                            b_Bs = _load_states(p_rows, o_prow, m_t, RANK, N, NP)
-                            b_Cs = _load_states(p_rows, o_prow, m_t, RANK + N, N, NP)
-                        b_s = _raw_steps(
-                            p_dt, o_dtrow + o_p * stride_dt_p, b_rows, m_t, b_w, b_bias, o_c, m_c, LOW_RANK, PRECISION
-                        )
-                        b_d = b_s
-                        if SOFTPLUS:
-                            b_exp = _exp_minus_abs(b_s)
-                            b_d = _softplus(b_s, b_exp)
-                        b_d = tl.where(m_t[:, None], b_d, 0.0)
-                        b_dx = b_d * b_x
-                        b_gx = b_D[None, :] * b_gy
-                        b_gd = tl.zeros((T, BC), dtype=tl.float32)
-                        b_gB = tl.zeros((T,), dtype=tl.float32)
-                        b_gC = tl.zeros((T,), dtype=tl.float32)
-                        # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
-                        p_grow = p_grows + ((o_grow + o_p) * n_routes + k) * (RANK + 2 * N)
-                        m_more = o_p >= tl.where(block > 0, 0, length)
-                        for n in range(N):
-                            if N > 1:
-                                b_A2 = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0) * _LOG2E
-                                b_q = tl.load(p_adjoint + n * SLOT)
-                                b_gA = tl.load(p_gA + n * SLOT)
-                                b_first = tl.load(p_slot + (tile * N + n) * SLOT)
-                                b_B = _column(b_Bs, n, NP, BC, PRECISION)
-                                b_C = _column(b_Cs, n, NP, BC, PRECISION)
-                            else:
-                                b_B = _column(b_rows, RANK, BR, BC, PRECISION)
-                                b_C = _column(b_rows, RANK + 1, BR, BC, PRECISION)
-                            b_a = tl.exp2(b_d * b_A2[None, :])
-                            b_b = b_dx * b_B
-                            h_0, h_1, h_2, h_3 = _recur(b_first, b_a, b_b, CH, BC)
-                            b_hs = _join_time(h_0, h_1, h_2, h_3, CH, BC)
-                            a_0, a_1, a_2, a_3 = _split_time(b_a, CH, BC)
-                            c_0, c_1, c_2, c_3 = _split_time(b_gy * b_C, CH, BC)
-                            g_3 = b_q + c_3
-                            g_2 = a_3 * g_3 + c_2
-                            g_1 = a_2 * g_2 + c_1
-                            g_0 = a_1 * g_1 + c_0
-                            b_q = a_0 * g_0
-                            b_g = _join_time(g_0, g_1, g_2, g_3, CH, BC)
-                            b_gp = b_g * (b_hs - b_b)
-                            b_gx += b_g * (b_d * b_B)
-                            b_gd += b_g * (b_x * b_B) + b_gp * (b_A2 * _LN2)[None, :]
-                            b_gA += _sum_time(b_gp * b_d, CH, BC)
-                            if N > 1:
-                                tl.store(p_adjoint + n * SLOT, b_q)
-                                tl.store(p_gA + n * SLOT, b_gA)
-                            b_gB = tl.sum(b_g * b_dx, 1)
-                            b_gC = tl.sum(b_gy * b_hs, 1)
-                            if N > 1:
-                                p_gB = p_grow + (RANK + n)
-                                p_gC = p_grow + (RANK + N + n)
-                                tl.store(p_gB, b_gB + tl.load(p_gB, mask=m_more, other=0.0), mask=m_t)
-                                tl.store(p_gC, b_gC + tl.load(p_gC, mask=m_more, other=0.0), mask=m_t)
-                        if SOFTPLUS:
-                            # sigmoid(s); 1 / (1 + e) by rsqrt, a fifth of the instructions of a division.
-                            b_root = tl.rsqrt(1.0 + b_exp)
-                            b_gd = b_gd * (tl.where(b_s > 0.0, 1.0, b_exp) * (b_root * b_root))
-                        b_gd = tl.where(m_t[:, None], b_gd, 0.0)
-                        b_gbias += _sum_time(b_gd, CH, BC)
-                        b_gD += _sum_time(b_gy * b_x, CH, BC)
-                        if LOW_RANK:
-                            b_grow = tl.dot(b_gd.to(DOT), tl.trans(b_w.to(DOT)), input_precision=PRECISION)  # [T, BR]
-                            b_gw += tl.dot(tl.trans(b_rows.to(DOT)), b_gd.to(DOT), input_precision=PRECISION)
-                        else:
-                            b_grow = tl.zeros((T, BR), dtype=tl.float32)
-                            p_gdtrow = p_gdt + (((o_rbatch * length + o_p) * n_routes + k) * dim)[:, None]
-                            tl.store(p_gdtrow + o_c[None, :], b_gd.to(p_gdt.dtype.element_ty), mask=m_x)
-                        if N == 1:
-                            b_grow = tl.where((o_r == RANK)[None, :], b_gB[:, None], b_grow)
-                            b_grow = tl.where((o_r == RANK + 1)[None, :], b_gC[:, None], b_grow)
-                        if N == 1 or LOW_RANK:
-                            m_r = (o_r < (WIDTH if N == 1 else RANK))[None, :]
-                            p_gr = p_grow[:, None] + o_r[None, :]
-                            b_grow += tl.load(p_gr, mask=m_more[:, None] & m_r, other=0.0)
-                            tl.store(p_gr, b_grow, mask=m_t[:, None] & m_r)
-                        b_gx += b_before
-                        if OUTPUT:
-                            m_out = m_t[:, None] & (o_c < dim * direction)[None, :]
-                            tl.store(p_gx + o_x, b_gx.to(p_gx.dtype.element_ty), mask=m_out)
-                            m_x = m_t[:, None] & (o_c < dim * (1 - direction))[None, :]
-                        tl.store(p_partial + o_x, b_gx, mask=m_x)
-                    tl.debug_barrier()
-                width = RANK + N + 2
-                p_param = p_gparams + ((tl.program_id(1).to(tl.int64) * n_routes + k) * dim + o_c) * width
+                    b_gwf = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwf, input_precision=PRECISION)
+                else:
+                    o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_f) * dim
+                    p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
+                    tl.store(p_gd, _to_map(b_gs, BC).to(p_gdt.dtype.element_ty), mask=m_map)
+                if N == 1:
+                    _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
+                else:
+                    _store_rows(p_grow + RANK, b_gbc, m_t, block > 0, 2 * N)
+                    if LOW_RANK:
+                        _store_rows(p_grow, b_low, m_t, block > 0, RANK)
+            if REVERSED:
+                b_rows, b_bc, b_s = _load_route(
+                    p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
+                    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                    N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                )  # fmt: skip
+                b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
+                    p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),
+                    p_slot + 3 * N * (4 * BC), p_entryr,
+                    b_sum, b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
+                    N, BC, BR, BN, RANK, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+                )  # fmt: skip
+                b_gbiasr += _sum_time(b_gs, BC)
+                p_grow = p_grows + (o_grow + k_r) * width
                 if LOW_RANK:
-                    m_w = (o_r < RANK)[:, None] & m_c[None, :]
-                    tl.store(p_param[None, :] + o_r[:, None], b_gw, mask=m_w)
-                p_param = p_param + RANK
-                m_first = m_state & (o_segment == tl.where(direction == 0, 0, segments - 1))[:, None]
+                    b_gwr = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwr, input_precision=PRECISION)
+                else:
+                    o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_r) * dim
+                    p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
+                    tl.store(p_gd, _to_map(b_gs, BC).to(p_gdt.dtype.element_ty), mask=m_map)
+                if N == 1:
+                    _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
+                else:
+                    _store_rows(p_grow + RANK, b_gbc, m_t, block > 0, 2 * N)
+                    if LOW_RANK:
+                        _store_rows(p_grow, b_low, m_t, block > 0, RANK)
+            b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
+            if ADD:
+                b_gx += _load_tile(p_before, o_map, m_map, BC)
+            tl.store(p_gx + o_map, _to_map(b_gx, BC).to(p_gx.dtype.element_ty), mask=m_map)
+        p_param = p_gparams + tl.program_id(1).to(tl.int64) * n_routes * dim * (RANK + N + 2)
+        if FORWARD:
+            _store_parameters(
+                p_param + k_f * dim * (RANK + N + 2), b_gwf, b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
+                o_c, m_c, m_state, N, BC, BR, RANK, LOW_RANK,
+            )  # fmt: skip
+            if KEEP_INITIAL and not TWO_LEVEL:
                 for n in range(N):
                     if N > 1:
-                        b_q = tl.load(p_adjoint + n * SLOT)
-                        b_gA = tl.load(p_gA + n * SLOT)
-                    tl.store(p_param + n, tl.sum(b_gA, 0), mask=m_c)
-                    if KEEP_INITIAL:
-                        p_first = p_ginitial + (o_path * dim)[:, None] * N + (o_c * N)[None, :]
-                        tl.store(p_first + n, b_q, mask=m_first)
-                tl.store(p_param + N, tl.sum(b_gD, 0), mask=m_c)
-                tl.store(p_param + N + 1, tl.sum(b_gbias, 0), mask=m_c)
+                        b_q = _load_state(p_slot + n * (4 * BC), m_state, BC)
+                    p_first = p_ginitial + (o_pathf * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
+                    _store_state(p_first, b_q, m_state, BC)
+        if REVERSED:
+            _store_parameters(
+                p_param + k_r * dim * (RANK + N + 2), b_gwr, b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
+                o_c, m_c, m_state, N, BC, BR, RANK, LOW_RANK,
+            )  # fmt: skip

@@ -1,26 +1,28 @@
 """Selective scan in Triton: forward and backward.
 
-Design. A *chunk* is CHUNK consecutive pixels of a route's path, a *segment* a run of chunks that one lane walks one
-after another, a *lane* one segment of one image. A program is one warp: it walks CH = 8 lanes side by side over BC
-channels, 4 steps at a time. The [4 * CH, BC] tile of a step has the layout of the tensor core product that expands the
-step sizes, with row = time * CH + lane: a thread holds all 4 steps of its lane, so splitting the tile by time moves
-nothing and the recurrence is plain sequential arithmetic on registers. Low-rank steps, B and C of a pixel and route are
-one packed row, read once; its columns of B and C reach all channels by products with unit vectors. One state stays in
-registers from tile to tile; several wait in a scratch buffer.
+Design. A *tile* is 8 consecutive steps of a path, a *segment* a run of tiles that one lane walks, a *lane* one segment
+of one image. A program is one warp: it walks 4 lanes side by side over BC channels. The [BC, 32] tile of a step has the
+layout of the tensor core product that expands the step sizes, with column = (step // 2, lane, step % 2): a thread holds
+all 8 steps of its lane and adjacent channels, so the recurrence is plain sequential arithmetic on registers. Low-rank
+steps, B and C of a pixel and route are one packed row, read once; B and C reach all channels by one product with unit
+vectors.
 
-Routes that visit the same pixels in opposite directions ("row" and "row_reversed") form a *group*: one launch walks
-both. With one segment an image (enough images and channels to fill the GPU) a scan is one launch a group. Otherwise it
-has two levels: every segment is scanned from a zero state (aggregate), ``chain`` carries states from segment to
-segment, and the second walk starts from the right states. The backward pass is the same with adjoint states; inside a
-chunk it recomputes the states from the one saved at the chunk's entry.
+Routes that visit the same pixels in opposite directions ("row" and "row_reversed") form a *group*. Its pixels are read
+once for both: the output pass walks a segment from its start, keeps the forward route's state on chip and takes the
+reversed route's state at each tile from a pass before it, which walked from the end and computed nothing but states.
+With one segment an image (enough images and channels to fill the GPU) that is all; otherwise every segment of that
+first pass starts from zero, ``chain`` carries states from segment to segment, and a tile's state is corrected by the
+decay since the segment's end: exp(A * sum of steps) * entering state. The backward pass is the same with adjoint
+states: the first pass walks from the start, the gradient pass from the end.
 
-Limits: made for N <= 16; groups of channels and index tables run in PyTorch.
+Limits: made for N <= 16; groups of channels run in PyTorch.
 Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,37 +31,43 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
-from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_aggregate
-from subquad.ops.selective_scan._triton_forward import selective_scan_chain_kernel, selective_scan_fwd_kernel
+from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_states
+from subquad.ops.selective_scan._triton_forward import (
+    selective_scan_chain_kernel,
+    selective_scan_fwd_kernel,
+    selective_scan_fwd_kernel_states,
+)
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
-from subquad.ops.selective_scan.routes import COLUMN, REVERSED
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
-_LANES = 8
-_STEPS = 4
-_ZERO, _SAVED, _GIVEN = 0, 1, 2  # where the state that enters a segment comes from
+_LANES = 4
+_STEPS = 8
+_TILES = CHUNK // _STEPS
 
 
 class _Config(NamedTuple):
     """Launch choices of a pass for a shape class.
 
     Attributes:
-        block: channels of a program.
+        block: channels of a program, 16 or 32.
         waves: programs wanted for each multiprocessor; a scan with fewer is cut into segments.
+        stages: tiles whose rows are on their way at once.
     """
 
     block: int
     waves: int
+    stages: int
 
 
 _CONFIGS = {
-    ("forward", "one state"): _Config(block=32, waves=48),
-    ("forward", "many states"): _Config(block=16, waves=24),
-    ("backward", "one state"): _Config(block=16, waves=48),
-    ("backward", "many states"): _Config(block=16, waves=24),
+    ("forward", "one state"): _Config(block=16, waves=16, stages=3),
+    ("forward", "many states"): _Config(block=16, waves=16, stages=1),
+    ("backward", "one state"): _Config(block=16, waves=16, stages=1),
+    ("backward", "many states"): _Config(block=16, waves=16, stages=1),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
-_CANDIDATES = [_Config(block, waves) for block in (16, 32) for waves in (12, 24, 48)]
+_CANDIDATES = [_Config(block, waves, stages) for block in (16, 32) for waves in (8, 16, 32) for stages in (1, 3)]
 
 
 def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
@@ -74,56 +82,80 @@ class _Group(NamedTuple):
 
     forward: int
     reversed: int
-    column: int
+    code: int
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        return self.forward >= 0, self.reversed >= 0
 
 
 def _groups(codes: list[int]) -> list[_Group]:
-    """Pair each route with a later one that walks the same path the other way round."""
+    """Pair each route with a later one that walks the same path the other way round; tables stay alone."""
     groups: list[_Group] = []
     for k, code in enumerate(codes):
-        column, field = code & COLUMN, "reversed" if code & REVERSED else "forward"
+        path, field = code & ~REVERSED, "reversed" if code & REVERSED else "forward"
         for i, group in enumerate(groups):
-            if group.column == column and getattr(group, field) < 0:
+            if code != TABLE and group.code == path and getattr(group, field) < 0:
                 groups[i] = group._replace(**{field: k})
                 break
         else:
-            groups.append(_Group(-1, -1, column)._replace(**{field: k}))
+            groups.append(_Group(-1, -1, path)._replace(**{field: k}))
     return groups
 
 
-def _pixels(call: ScanCall, groups: list[_Group]) -> dict[_Group, Tensor]:
-    """Row-major pixels along each group's path, walked forwards, int32 (L,).
+def _paths(call: ScanCall, groups: list[_Group]) -> Tensor:
+    """Row-major pixels along each group's path, walked forwards, int32 (groups, L).
 
     Made anew for each call, in its stream: a table kept from a graph capture would be unfilled outside of the graph.
     """
     height, width = call.x.shape[1:3]
     rows = torch.arange(height * width, dtype=torch.int32, device=call.x.device)
-    columns = rows.view(height, width).t().contiguous() if any(group.column for group in groups) else rows
-    return {group: columns if group.column else rows for group in groups}
+    paths = []
+    for group in groups:
+        if group.code == TABLE:
+            assert call.table is not None
+            paths.append(call.table[group.forward])
+        else:
+            paths.append(rows.view(height, width).t().reshape(-1) if group.code & COLUMN else rows)
+    return torch.stack(paths)
 
 
 class _Plan(NamedTuple):
     """Sizes of one call's launches and the arguments that all kernels share."""
 
     groups: list[_Group]
-    pixels: dict[_Group, Tensor]
-    config: _Config
-    length: int
-    chunks: int
+    paths: Tensor
+    block: int
     segments: int
-    segment_chunks: int
+    segment_tiles: int
     lanes: int
-    rank: int
-    strides: tuple[int, ...]  # of dt, then of the packed rows in units of their alignment
+    sizes: tuple[int, ...]  # n_lanes to n_routes of every kernel's arguments
     meta: dict[str, object]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.segments, self.segment_chunks, self.chunks
 
     @property
     def lane_programs(self) -> int:
         return triton.cdiv(self.lanes, _LANES)
+
+    @property
+    def two_level(self) -> bool:
+        return self.segments > 1
+
+    @property
+    def tiles(self) -> int:
+        return self.segments * self.segment_tiles
+
+    def batches(self) -> Iterator[list[_Group]]:
+        """Groups whose states are computed in one launch: two with the same directions, or one with several states."""
+        size = 2 if self.meta["N"] == 1 else 1
+        for _, same in itertools.groupby(self.groups, key=lambda group: group.directions):
+            members = list(same)
+            yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def _pack_routes(groups: list[_Group]) -> int:
+    """Route numbers in 7 bits each, as the kernels read them."""
+    numbers = [max(k, 0) for group in groups for k in (group.forward, group.reversed)]
+    return sum(k << (7 * i) for i, k in enumerate(numbers))
 
 
 def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
@@ -132,18 +164,20 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     length = height * width
     chunks = triton.cdiv(length, CHUNK)
     blocks = triton.cdiv(dim, config.block)
-    programs = triton.cdiv(batch, _LANES) * blocks
     wanted = config.waves * _triton.multiprocessor_count(call.x.device)
-    segment_chunks = max(1, min(chunks, chunks * programs // wanted))
+    segment_chunks = max(1, min(chunks, round(chunks * blocks * triton.cdiv(batch, _LANES) / wanted)))
     segments = triton.cdiv(chunks, segment_chunks)
+    segment_tiles = segment_chunks * _TILES
+    lanes = batch * segments
     rank = call.dt.shape[-1] if call.dt_weight is not None else 0
     n_routes = len(call.routes)
+    groups = _groups(call.routes)
     # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
-    row = max(call.dt.shape[-1], blocks * (rank + 2 * state))
     largest = max(
         batch * length * dim,
-        batch * length * n_routes * row,
+        batch * length * n_routes * max(call.dt.shape[-1], blocks * (rank + 2 * state)),
         batch * n_routes * (chunks + 1) * dim * state,
+        2 * batch * segments * segment_tiles * dim * state,
         inputs.dt.extent,
         inputs.rows.extent,
     )
@@ -151,31 +185,30 @@ def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     strides = (*inputs.dt.strides, *(stride // align for stride in inputs.rows.strides))
     meta = {
         "N": state,
-        "CH": _LANES,
+        "BC": config.block,
         "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
-        "NP": max(16, triton.next_power_of_2(state)),
+        "BN": max(16, triton.next_power_of_2(2 * state)),
         "RANK": rank,
-        "WIDTH": rank + 2 if state == 1 else rank,
         "ALIGN": align,
-        "TILES": CHUNK // _STEPS,
+        "TWO_LEVEL": segments > 1,
         "LOW_RANK": call.dt_weight is not None,
         "SOFTPLUS": call.dt_softplus,
+        "EVEN": lanes % _LANES == 0 and segments * segment_tiles * _STEPS == length,
+        "EVEN_C": dim % config.block == 0,
+        "EXACT": call.x.dtype == torch.float32,
         "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
         "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
         "num_warps": 1,
+        "num_stages": config.stages,
     }
-    groups = _groups(call.routes)
     return _Plan(
         groups=groups,
-        pixels=_pixels(call, groups),
-        config=config,
-        length=length,
-        chunks=chunks,
+        paths=_paths(call, groups),
+        block=config.block,
         segments=segments,
-        segment_chunks=segment_chunks,
-        lanes=batch * segments,
-        rank=rank,
-        strides=strides,
+        segment_tiles=segment_tiles,
+        lanes=lanes,
+        sizes=(lanes, length, segments, segment_tiles, chunks + 1, dim, *strides, n_routes),
         meta=meta,
     )
 
@@ -258,17 +291,60 @@ def _inputs(call: ScanCall) -> _Inputs:
 
 
 def _chain(
-    plan: _Plan, A: Tensor, sums: Tensor, ends: Tensor, given: Tensor | None, entries: Tensor, mask: int, by_chunk: bool
-) -> None:
-    """Fill ``entries`` with the states that enter the segments, by chunk or by segment."""
-    batch, n_routes, segments, dim, state = ends.shape
+    plan: _Plan,
+    A: Tensor,
+    totals: Tensor,
+    ends: Tensor,
+    given: Tensor | None,
+    last: Tensor | None,
+    stride: int,
+    against: Callable[[_Group], int],
+) -> Tensor:
+    """States that enter the segments (B, K, segments, N, E), of routes walked from the last segment: ``against``."""
+    batch, n_routes, segments, state, dim = ends.shape
+    entries = torch.empty_like(ends)
     block = 32
+    mask = sum(1 << against(group) for group in plan.groups if against(group) >= 0)
     selective_scan_chain_kernel[(batch * n_routes, triton.cdiv(dim * state, block))](
-        sums, A, ends, ends if given is None else given.contiguous(), entries,
-        segments, plan.segment_chunks if by_chunk else 1, plan.chunks if by_chunk else segments, entries.shape[2],
-        dim, n_routes, mask,
-        N=state, BS=32, BJ=block, GIVEN=given is not None, num_warps=1,
+        totals, A, ends, ends if given is None else given, entries, ends if last is None else last,
+        segments, stride, dim, n_routes, mask,
+        N=state, BS=32, BJ=block, GIVEN=given is not None, LAST=last is not None, num_warps=1,
     )  # fmt: skip
+    return entries
+
+
+def _by_channel(states: Tensor | None) -> Tensor | None:
+    """(B, K, E, N) -> (B, K, N, E), as the kernels exchange states."""
+    return None if states is None else states.transpose(-1, -2).contiguous()
+
+
+class _Between(NamedTuple):
+    """What the passes of a call hand to each other, in float32; not there when nothing is handed."""
+
+    tiles: Tensor  # (groups, B, tiles, N, E): state that enters each tile
+    sums: Tensor  # (groups, B, tiles, E): steps since the segment's start of the walk
+    ends: Tensor  # (B, K, segments, N, E): state that leaves each segment when it starts from zero
+    totals: Tensor  # (B, K, segments, E): sum of a segment's steps
+
+
+def _between(x: Tensor, plan: _Plan, n_routes: int) -> _Between:
+    batch, dim, state = x.shape[0], x.shape[-1], int(plan.meta["N"])  # type: ignore[call-overload]
+    groups = max(len(groups) for groups in plan.batches())
+    tiles = _scratch(x, groups, batch, plan.tiles, state, dim)
+    if not plan.two_level:
+        return _Between(tiles, tiles, tiles, tiles)
+    return _Between(
+        tiles,
+        _scratch(x, groups, batch, plan.tiles, dim),
+        _scratch(x, batch, n_routes, plan.segments, state, dim),
+        _scratch(x, batch, n_routes, plan.segments, dim),
+    )
+
+
+def _waiting(x: Tensor, plan: _Plan, programs: int, kinds: int) -> Tensor:
+    """Memory for N > 1 states of each program's lanes, or anything where they stay in registers."""
+    state = int(plan.meta["N"])  # type: ignore[call-overload]
+    return _scratch(x, programs, kinds, state, _LANES, plan.block) if state > 1 else x
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -279,43 +355,50 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
 def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
     inputs = _inputs(call)
     plan = _plan(call, inputs, config)
-    batch, dim = call.x.shape[0], call.x.shape[-1]
-    n_routes, state = len(call.routes), call.A.shape[-1]
     x = inputs.x
-    block = plan.config.block
-    programs = (triton.cdiv(dim, block), plan.lane_programs)
-    two_level = plan.segments > 1
+    batch, length, dim, n_routes, state = (
+        x.shape[0],
+        plan.paths.shape[1],
+        x.shape[-1],
+        len(call.routes),
+        call.A.shape[-1],
+    )
+    grid = (triton.cdiv(dim, plan.block), plan.lane_programs)
 
-    partial = _scratch(x, *x.shape)
-    y = partial if call.out_dtype == torch.float32 else torch.empty_like(x, dtype=call.out_dtype)
-    states = _scratch(x, batch, n_routes, plan.chunks + 1, dim, state)
-    waiting = _scratch(x, programs[0] * programs[1], state, _LANES, block) if state > 1 else states
-    ends, sums = states, states
-    if two_level:
-        ends, sums = (
-            _scratch(x, batch, n_routes, plan.segments, dim, state),
-            _scratch(x, batch, n_routes, plan.segments, dim),
-        )
-    given = states if call.initial_state is None else call.initial_state.contiguous()
-    entry = _SAVED if two_level else _ZERO if call.initial_state is None else _GIVEN
-
-    def launch(group: _Group, entry: int, aggregate: bool) -> None:
-        selective_scan_fwd_kernel[programs](
-            x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A, inputs.D,
-            given, states, ends, sums, partial, y, waiting, plan.pixels[group],
-            plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *plan.strides,
-            n_routes, group.forward, group.reversed, int(group is not plan.groups[0]),
-            ENTRY=entry, AGGREGATE=aggregate, OUTPUT=not aggregate and _writes(group, plan, y), BC=block, **plan.meta,
-        )  # fmt: skip
+    y = torch.empty_like(x, dtype=call.out_dtype)
+    partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
+    states = _scratch(x, batch, n_routes, triton.cdiv(length, CHUNK) + 1, dim, state)
+    between = _between(x, plan, n_routes)
+    waiting = _waiting(x, plan, 2 * grid[0] * grid[1], 2)
+    given = _by_channel(call.initial_state)
+    entries, add = states if given is None else given, False
+    shared = (x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
 
     with torch.cuda.device_of(x):
-        if two_level:
-            for group in plan.groups:
-                launch(group, _ZERO, aggregate=True)
-            _chain(plan, inputs.A, sums, ends, call.initial_state, states, _reversed_mask(call), by_chunk=True)
-        for group in plan.groups:
-            launch(group, entry, aggregate=False)
-    return _finish(y, partial, plan), states
+        for groups in plan.batches():
+            is_forward, is_reversed = groups[0].directions
+            first = plan.groups.index(groups[0])
+            if is_reversed or plan.two_level:
+                selective_scan_fwd_kernel_states[(*grid, len(groups))](
+                    *shared, plan.paths[first], states if given is None else given, *between, states, waiting,
+                    *plan.sizes, _pack_routes(groups), batch,
+                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=given is not None and not plan.two_level,
+                    **plan.meta,
+                )  # fmt: skip
+            if plan.two_level:
+                stride = states.stride(1)
+                entries = _chain(
+                    plan, inputs.A, between.totals, between.ends, given, states[0, 0, -1], stride, lambda g: g.reversed
+                )
+            for i, group in enumerate(groups):
+                selective_scan_fwd_kernel[grid](
+                    *shared, inputs.D, plan.paths[first + i], entries, between.tiles[i], between.sums[i], states,
+                    partial, y if group is plan.groups[-1] else partial, waiting, *plan.sizes, _pack_routes([group]),
+                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=plan.two_level or given is not None, ADD=add,
+                    **plan.meta,
+                )  # fmt: skip
+                add = True
+    return y, states
 
 
 def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
@@ -335,56 +418,55 @@ def _backward(
     batch, height, width, dim = call.x.shape
     n_routes, state = len(call.routes), call.A.shape[-1]
     x, grad_y = inputs.x, grad_y.contiguous()
-    block = plan.config.block
-    blocks = triton.cdiv(dim, block)
-    wanted = max(1, plan.config.waves // 2 * _triton.multiprocessor_count(x.device) // plan.lane_programs)
+    blocks = triton.cdiv(dim, plan.block)
+    wanted = max(1, config.waves // 2 * _triton.multiprocessor_count(x.device) // plan.lane_programs)
     blocks_each = triton.cdiv(blocks, min(blocks, wanted))
-    channel_programs = triton.cdiv(blocks, blocks_each)
+    grid = (triton.cdiv(blocks, blocks_each), plan.lane_programs)
     low_rank = call.dt_weight is not None
-    row_width = plan.rank + 2 * state
+    rank = call.dt.shape[-1] if low_rank else 0
 
-    partial = _scratch(x, *x.shape)
-    grad_x = partial if x.dtype == torch.float32 else torch.empty_like(x)
+    grad_x = torch.empty_like(x)
+    partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
     grad_dt = x if low_rank else torch.empty(call.dt.shape, dtype=x.dtype, device=x.device)
-    rows = _scratch(x, channel_programs, batch, height, width, n_routes, row_width)
-    params = _scratch(x, plan.lane_programs, n_routes, dim, plan.rank + state + 2)
+    rows = _scratch(x, grid[0], batch, height, width, n_routes, rank + 2 * state)
+    params = _scratch(x, plan.lane_programs, n_routes, dim, rank + state + 2)
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
-    slots = (CHUNK // _STEPS + 2) * state
-    waiting = _scratch(x, plan.lane_programs * channel_programs, slots, _LANES, block)
-    entering = grad_last_state
-    shared = (inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
+    between = _between(x, plan, n_routes)
+    state_tiles = torch.empty_like(between.tiles)
+    waiting = _waiting(x, plan, 2 * blocks * grid[1], 4)
+    given = _by_channel(grad_last_state)
+    entries, add = states if given is None else given, False
+    shared = (grad_y, x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
+    initial = states if grad_initial is None else grad_initial
 
     with torch.cuda.device_of(x):
-        if plan.segments > 1:
-            ends, sums = (
-                _scratch(x, batch, n_routes, plan.segments, dim, state),
-                _scratch(x, batch, n_routes, plan.segments, dim),
-            )
-            states_waiting = _scratch(x, plan.lane_programs * blocks, state, _LANES, block) if state > 1 else ends
-            for group in plan.groups:
-                selective_scan_bwd_kernel_aggregate[(blocks, plan.lane_programs)](
-                    grad_y, *shared, ends, sums, states_waiting, plan.pixels[group],
-                    plan.lanes, plan.length, plan.segments, plan.segment_chunks,
-                    dim, *plan.strides, n_routes, group.forward, group.reversed, BC=block, **plan.meta,
-                )  # fmt: skip
-            mask = ~_reversed_mask(call) & ((1 << n_routes) - 1)
-            entering = torch.empty_like(ends)
-            _chain(plan, inputs.A, sums, ends, grad_last_state, entering, mask, by_chunk=False)
-        for group in plan.groups:
-            selective_scan_bwd_kernel[(channel_programs, plan.lane_programs)](
-                grad_y, x, *shared, inputs.D, states, states if entering is None else entering,
-                waiting, partial, grad_x, grad_dt, rows, params, params if grad_initial is None else grad_initial,
-                plan.pixels[group],
-                plan.lanes, plan.length, *plan.sizes, states.shape[2], dim, *plan.strides,
-                n_routes, group.forward, group.reversed, int(group is not plan.groups[0]), blocks_each, batch,
-                ENTRY=_ZERO if entering is None else _SAVED, KEEP_INITIAL=grad_initial is not None,
-                OUTPUT=_writes(group, plan, grad_x), DOT=_dot_dtype(x), BC=block, **plan.meta,
+        for groups in plan.batches():
+            is_forward, is_reversed = groups[0].directions
+            first = plan.groups.index(groups[0])
+            selective_scan_bwd_kernel_states[(blocks, grid[1], len(groups))](
+                *shared, plan.paths[first], states, states if given is None else given, state_tiles, *between, initial,
+                waiting, *plan.sizes, _pack_routes(groups), batch,
+                FORWARD=is_forward, REVERSED=is_reversed, ENTRY=given is not None and not plan.two_level,
+                KEEP_INITIAL=grad_initial is not None, **plan.meta,
             )  # fmt: skip
-    row = rows.sum(0) if channel_programs > 1 else rows[0]
-    grad_low, grad_B, grad_C = row.split([plan.rank, state, state], dim=-1)
-    grad_weight, grad_A, grad_D, grad_bias = params.sum(0).split([plan.rank, state, 1, 1], dim=-1)
+            if plan.two_level:
+                entries = _chain(
+                    plan, inputs.A, between.totals, between.ends, given, grad_initial, dim * state, lambda g: g.forward
+                )
+            for i, group in enumerate(groups):
+                selective_scan_bwd_kernel[grid](
+                    *shared, inputs.D, plan.paths[first + i], states, entries, state_tiles[i], between.tiles[i],
+                    between.sums[i], partial, grad_x if group is plan.groups[-1] else partial, grad_dt, rows, params,
+                    initial, waiting, *plan.sizes, _pack_routes([group]), blocks_each, batch,
+                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=plan.two_level or given is not None, ADD=add,
+                    KEEP_INITIAL=grad_initial is not None, DOT=_dot_dtype(x), **plan.meta,
+                )  # fmt: skip
+                add = True
+    row = rows.sum(0) if grid[0] > 1 else rows[0]
+    grad_low, grad_B, grad_C = row.split([rank, state, state], dim=-1)
+    grad_weight, grad_A, grad_D, grad_bias = params.sum(0).split([rank, state, 1, 1], dim=-1)
     return (
-        _finish(grad_x, partial, plan),
+        grad_x,
         grad_low.to(x.dtype, copy=True) if low_rank else grad_dt,
         grad_A.contiguous(),
         grad_B.unsqueeze(-2).to(x.dtype, copy=True),
@@ -399,22 +481,6 @@ def _backward(
 def _scratch(x: Tensor, *shape: int) -> Tensor:
     """Unfilled float32 memory beside x."""
     return x.new_empty(shape, dtype=torch.float32)
-
-
-def _writes(group: _Group, plan: _Plan, output: Tensor) -> bool:
-    """Whether a launch writes the 16-bit output itself: the second walk of the last group does."""
-    return output.dtype != torch.float32 and group is plan.groups[-1] and group.reversed >= 0
-
-
-def _finish(output: Tensor, partial: Tensor, plan: _Plan) -> Tensor:
-    """The output; converted here from the fp32 sum where no kernel wrote it."""
-    if output.dtype == torch.float32 or _writes(plan.groups[-1], plan, output):
-        return output
-    return partial.to(output.dtype)
-
-
-def _reversed_mask(call: ScanCall) -> int:
-    return sum(1 << k for k, code in enumerate(call.routes) if code & REVERSED)
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:
