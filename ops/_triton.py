@@ -6,10 +6,10 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +43,42 @@ def multiprocessor_count(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 8
+
+
+class Launcher:
+    """Launches the kernels of one shape class: through Triton the first time, and then as compiled.
+
+    Triton looks at every argument of every launch to find out which variant of a kernel it needs. Calls that agree in
+    all of that (dtypes, 16-byte alignment of pointers, sizes) share a launcher and skip it: for a kernel of 40
+    arguments it takes longer than many a kernel runs.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self, name: str, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: Mapping[str, Any]
+    ) -> None:
+        """Launch ``kernel[grid](*arguments, **meta)``; a ``name`` stands for one kernel and one ``meta``.
+
+        ``meta`` has the kernel's compile-time arguments, of which it takes those that it knows, and options of Triton.
+        """
+        if name not in self._compiled:
+            constants = {constant: meta[constant] for constant in kernel.arg_names[len(arguments) :]}
+            options = {option: meta[option] for option in ("num_warps", "num_stages", "maxnreg") if option in meta}
+            compiled = kernel[grid](*arguments, **constants, **options)
+            if compiled is not None:  # the interpreter compiles nothing
+                self._compiled[name] = compiled, tuple(constants.values())
+            return
+        compiled, constants = self._compiled[name]
+        compiled[grid](*arguments, *constants)
+
+
+def facts(tensor: torch.Tensor | None) -> object:
+    """Everything about a tensor that decides how a kernel addresses it, to be compared."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
 def tuned(

@@ -6,10 +6,11 @@ import triton.language as tl
 from subquad.ops.selective_scan._triton_tiles import (
     _LN2,
     _LOG2E,
+    _adjoint,
+    _adjoint_reversed,
     _channels,
     _collect,
     _in_channels,
-    _join_time,
     _kernel,
     _lanes,
     _load_route,
@@ -22,44 +23,11 @@ from subquad.ops.selective_scan._triton_tiles import (
     _recur_reversed,
     _route,
     _select,
-    _split_time,
     _steps,
     _store_state,
     _sum_time,
     _to_map,
 )
-
-
-@triton.jit
-def _adjoint(b_q, b_a, b_c, BC: tl.constexpr):
-    """G_t = q_t + c_t, q_{t-1} = a_t G_t from step 7 to 0: all G, and the q that leaves step 0."""
-    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7 = _split_time(b_c, BC)
-    g_7 = b_q + c_7
-    g_6 = a_7 * g_7 + c_6
-    g_5 = a_6 * g_6 + c_5
-    g_4 = a_5 * g_5 + c_4
-    g_3 = a_4 * g_4 + c_3
-    g_2 = a_3 * g_3 + c_2
-    g_1 = a_2 * g_2 + c_1
-    g_0 = a_1 * g_1 + c_0
-    return _join_time(g_0, g_1, g_2, g_3, g_4, g_5, g_6, g_7, BC), a_0 * g_0
-
-
-@triton.jit
-def _adjoint_reversed(b_q, b_a, b_c, BC: tl.constexpr):
-    """The adjoint of a reversed route, from step 0 to 7."""
-    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    c_0, c_1, c_2, c_3, c_4, c_5, c_6, c_7 = _split_time(b_c, BC)
-    g_0 = b_q + c_0
-    g_1 = a_0 * g_0 + c_1
-    g_2 = a_1 * g_1 + c_2
-    g_3 = a_2 * g_2 + c_3
-    g_4 = a_3 * g_3 + c_4
-    g_5 = a_4 * g_4 + c_5
-    g_6 = a_5 * g_5 + c_6
-    g_7 = a_6 * g_6 + c_7
-    return _join_time(g_0, g_1, g_2, g_3, g_4, g_5, g_6, g_7, BC), a_7 * g_7
 
 
 @_kernel
@@ -69,7 +37,8 @@ def selective_scan_bwd_kernel_states(
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
+    STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
@@ -86,7 +55,7 @@ def selective_scan_bwd_kernel_states(
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
     p_path = p_paths + group * length
-    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
@@ -102,7 +71,7 @@ def selective_scan_bwd_kernel_states(
     p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
     o_pathf = o_b * n_routes + k_f
     o_pathr = o_b * n_routes + k_r
-    p_state = p_states + ((o_pathf * slots + o_segment * segment_tiles // 8) * dim * N)[:, None, None]
+    p_state = p_states + ((o_pathf * slots + o_segment * segment_tiles // (CHUNK // STEPS)) * dim * N)[:, None, None]
     p_state += (o_sc * N)[None, :, :]
     b_h = tl.zeros((BC, 4), dtype=tl.float32)
     b_qf = tl.zeros((BC, 4), dtype=tl.float32)
@@ -119,17 +88,17 @@ def selective_scan_bwd_kernel_states(
             _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
             _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
     for tile in range(segment_tiles):
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
         )
-        b_gy = _load_tile(p_gy, o_map, m_map, BC)
+        b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
         if FORWARD:
-            b_x = _load_tile(p_x, o_map, m_map, BC)
+            b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -153,7 +122,7 @@ def selective_scan_bwd_kernel_states(
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             if TWO_LEVEL:
@@ -198,20 +167,20 @@ def _route_gradients(
     p_A, o_e, m_c, m_state, p_in, p_carry, p_gA, p_entry, b_sum, b_A, b_in, b_carry, b_gA,
     b_w, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr,
-    REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STEPS: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
     EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile's share of one route's gradients.
 
     ``b_in`` is what enters the tile from memory (h for a forward route, q for a reversed one), ``b_carry`` what comes
     from the tile before (q, h). Returns the carry, gA * log2(e)^2, gx * log2(e), gs, and gdt, gB, gC times log2(e):
-    [BR, 32] for the first R entries of a packed row (all of them with one state), [BN, 32] for B and C.
+    [BR, .] for the first R entries of a packed row (all of them with one state), [BN, .] for B and C.
     """
     b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
     b_dx = b_d * b_x
-    b_gd = tl.zeros((BC, 32), dtype=tl.float32)
-    b_low = tl.zeros((BR, 32), dtype=tl.float32)
-    b_gbc = tl.zeros((BN, 32), dtype=tl.float32)
+    b_gd = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
+    b_low = tl.zeros((BR, 4 * STEPS), dtype=tl.float32)
+    b_gbc = tl.zeros((BN, 4 * STEPS), dtype=tl.float32)
     for n in range(N):
         if N > 1:
             b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0)
@@ -254,7 +223,7 @@ def _route_gradients(
 
 @triton.jit
 def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the column sums of b [BC, 32] to a row of ``b_sum``."""
+    """Add the column sums of b [BC, .] to a row of ``b_sum``."""
     o_r = tl.arange(0, b_sum.shape[0])
     b_unit = tl.broadcast_to(tl.where(o_r == row, 1.0, 0.0)[:, None], (b_sum.shape[0], b.shape[0])).to(DOT)
     return tl.dot(b_unit, b.to(DOT), acc=b_sum, input_precision=PRECISION)
@@ -271,34 +240,29 @@ def _store_rows(p_grow, b, m_t, more, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_parameters(
-    p_param, b_gw, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state,
-    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr,
-):  # fmt: skip
-    """Write a route's [E, R + N + 2] gradients of weight, A, D and bias, summed over this program's lanes."""
-    p_row = p_param + o_c * (RANK + N + 2)
-    if LOW_RANK:
-        o_r = tl.arange(0, BR)
-        tl.store(p_row[:, None] + o_r[None, :], b_gw, mask=(o_r < RANK)[None, :] & m_c[:, None])
+def _store_parameters(p_param, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state, N: tl.constexpr, BC: tl.constexpr):
+    """Write a route's [E, N + 2] gradients of A, D and bias, summed over this program's lanes."""
+    p_row = p_param + o_c * (N + 2)
     for n in range(N):
         if N > 1:
             b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
-        tl.store(p_row + (RANK + n), tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
-    tl.store(p_row + (RANK + N), tl.sum(b_gD, 1), mask=m_c)
-    tl.store(p_row + (RANK + N + 1), tl.sum(b_gbias, 1), mask=m_c)
+        tl.store(p_row + n, tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
+    tl.store(p_row + N, tl.sum(b_gD, 1), mask=m_c)
+    tl.store(p_row + (N + 1), tl.sum(b_gbias, 1), mask=m_c)
 
 
 @_kernel
 def selective_scan_bwd_kernel(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_states, p_entries, p_tiles, p_adjoints, p_sums,
-    p_before, p_gx, p_gdt, p_grows, p_gparams, p_ginitial, p_scratch,
+    p_before, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, blocks, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
+    STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all inputs, for the two routes of one group, walked from the path's end.
 
@@ -311,19 +275,19 @@ def selective_scan_bwd_kernel(
     Grid (channel blocks / ``blocks``, lanes / 4), one warp that loops over its channel blocks. On chip: the forward
     route's adjoint state and the reversed route's state; the other two enter each tile from ``p_tiles`` and
     ``p_adjoints``. With N > 1 both, and the sums of gA, wait in ``p_scratch`` (L1) between tiles.
-    Sums over channels go to ``p_grows`` ([grid 0, B, L, K, R + 2N]: gdt, gB, gC), sums over lanes to ``p_gparams``
-    ([grid 1, K, E, R + N + 2]: gweight, gA, gD, gbias); both are added up outside, in a fixed order.
+    Sums over channels go to ``p_grows`` ([grid 0, B, L, K, ROW]: gdt, gB, gC), sums over lanes to ``p_gparams``
+    ([grid 1, K, E, N + 2]: gA, gD, gbias) and ``p_gweight`` ([grid 1, K, E, BR], where it also waits between tiles if it
+    would take too many registers); all are added up outside, in a fixed order.
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
-    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     dtype: tl.constexpr = p_x.dtype.element_ty
-    width: tl.constexpr = RANK + 2 * N
     i_program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_tile = (o_b * segments + o_segment) * segment_tiles * dim
     o_pathf = o_b * n_routes + k_f
     o_pathr = o_b * n_routes + k_r
-    o_last = tl.minimum(o_segment * (segment_tiles // 8) + segment_tiles // 8, slots - 1) - 1
+    o_last = tl.minimum((o_segment + 1) * segment_tiles // (CHUNK // STEPS), slots - 1) - 1
     for block in range(blocks):
         i_block = tl.program_id(0) * blocks + block
         o_c, o_sc = _channels(i_block, BC)
@@ -366,14 +330,20 @@ def selective_scan_bwd_kernel(
         b_gbiasr = tl.zeros((BC, 4), dtype=tl.float32)
         b_gwf = tl.zeros((BC, BR), dtype=tl.float32)
         b_gwr = tl.zeros((BC, BR), dtype=tl.float32)
+        o_param = tl.program_id(1).to(tl.int64) * n_routes * dim
+        o_gw = o_c[:, None] * BR + tl.arange(0, BR)[None, :]
+        p_gwf = p_gweight + (o_param + k_f * dim) * BR + o_gw
+        p_gwr = p_gweight + (o_param + k_r * dim) * BR + o_gw
         for step in range(segment_tiles):
             tile = segment_tiles - 1 - step
-            o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
-            o_mb, o_mp, o_map, m_map = _locate_map(
-                p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+            o_nb, o_np, m_t = _locate_columns(
+                p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX
             )
-            b_x = _load_tile(p_x, o_map, m_map, BC)
-            b_gy = _load_tile(p_gy, o_map, m_map, BC)
+            o_mb, o_mp, o_map, m_map = _locate_map(
+                p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+            )
+            b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
+            b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
             b_sum = tl.zeros((BC, 4), dtype=tl.float32)
             if FORWARD:
                 b_hf = _load_state(p_tile + tile * N * dim, m_state, BC)
@@ -383,28 +353,32 @@ def selective_scan_bwd_kernel(
                     b_sum = _load_state(p_sum + tile * dim, m_state, BC)
                     b_qr += tl.exp2(b_sum * b_Ar[:, None]) * b_entry
             b_gD += _sum_time(b_gy * b_x, BC)
-            b_gx = tl.zeros((BC, 32), dtype=tl.float32)
+            b_gx = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
             # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
             o_grow = ((tl.program_id(0).to(INDEX) * images + o_nb) * length + o_np) * n_routes
             if FORWARD:
                 b_rows, b_bc, b_s = _load_route(
                     p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                    N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                    N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
                 )  # fmt: skip
                 b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
                     p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
                     b_sum, b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                    N, BC, BR, BN, RANK, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+                    N, BC, BR, BN, RANK, STEPS, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
                 )  # fmt: skip
                 b_gbiasf += _sum_time(b_gs, BC)
-                p_grow = p_grows + (o_grow + k_f) * width
+                p_grow = p_grows + (o_grow + k_f) * ROW
                 if LOW_RANK:
+                    if BR > 16:
+                        b_gwf = tl.load(p_gwf, mask=m_c[:, None] & (step > 0), other=0.0)
                     b_gwf = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwf, input_precision=PRECISION)
+                    if BR > 16:
+                        tl.store(p_gwf, b_gwf, mask=m_c[:, None])
                 else:
                     o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_f) * dim
                     p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
-                    tl.store(p_gd, _to_map(b_gs, BC).to(p_gdt.dtype.element_ty), mask=m_map)
+                    tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
                 if N == 1:
                     _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
                 else:
@@ -415,22 +389,26 @@ def selective_scan_bwd_kernel(
                 b_rows, b_bc, b_s = _load_route(
                     p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                    N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                    N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
                 )  # fmt: skip
                 b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
                     p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),
                     p_slot + 3 * N * (4 * BC), p_entryr,
                     b_sum, b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                    N, BC, BR, BN, RANK, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+                    N, BC, BR, BN, RANK, STEPS, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
                 )  # fmt: skip
                 b_gbiasr += _sum_time(b_gs, BC)
-                p_grow = p_grows + (o_grow + k_r) * width
+                p_grow = p_grows + (o_grow + k_r) * ROW
                 if LOW_RANK:
+                    if BR > 16:
+                        b_gwr = tl.load(p_gwr, mask=m_c[:, None] & (step > 0), other=0.0)
                     b_gwr = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwr, input_precision=PRECISION)
+                    if BR > 16:
+                        tl.store(p_gwr, b_gwr, mask=m_c[:, None])
                 else:
                     o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_r) * dim
                     p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
-                    tl.store(p_gd, _to_map(b_gs, BC).to(p_gdt.dtype.element_ty), mask=m_map)
+                    tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
                 if N == 1:
                     _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
                 else:
@@ -439,14 +417,15 @@ def selective_scan_bwd_kernel(
                         _store_rows(p_grow, b_low, m_t, block > 0, RANK)
             b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
             if ADD:
-                b_gx += _load_tile(p_before, o_map, m_map, BC)
-            tl.store(p_gx + o_map, _to_map(b_gx, BC).to(p_gx.dtype.element_ty), mask=m_map)
-        p_param = p_gparams + tl.program_id(1).to(tl.int64) * n_routes * dim * (RANK + N + 2)
+                b_gx += _load_tile(p_before, o_map, m_map, BC, STEPS)
+            tl.store(p_gx + o_map, _to_map(b_gx, BC, STEPS).to(p_gx.dtype.element_ty), mask=m_map)
         if FORWARD:
             _store_parameters(
-                p_param + k_f * dim * (RANK + N + 2), b_gwf, b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
-                o_c, m_c, m_state, N, BC, BR, RANK, LOW_RANK,
+                p_gparams + (o_param + k_f * dim) * (N + 2), b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
+                o_c, m_c, m_state, N, BC,
             )  # fmt: skip
+            if LOW_RANK and BR == 16:
+                tl.store(p_gwf, b_gwf, mask=m_c[:, None])
             if KEEP_INITIAL and not TWO_LEVEL:
                 for n in range(N):
                     if N > 1:
@@ -455,6 +434,33 @@ def selective_scan_bwd_kernel(
                     _store_state(p_first, b_q, m_state, BC)
         if REVERSED:
             _store_parameters(
-                p_param + k_r * dim * (RANK + N + 2), b_gwr, b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
-                o_c, m_c, m_state, N, BC, BR, RANK, LOW_RANK,
+                p_gparams + (o_param + k_r * dim) * (N + 2), b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
+                o_c, m_c, m_state, N, BC,
             )  # fmt: skip
+            if LOW_RANK and BR == 16:
+                tl.store(p_gwr, b_gwr, mask=m_c[:, None])
+
+
+@_kernel
+def selective_scan_bwd_kernel_rows(
+    p_grows, p_gdt, p_gB, p_gC, rows, programs,
+    N: tl.constexpr, RANK: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Sum [programs, rows, ROW] over programs, in order, and part it into gradients of dt (rows, R), B and C (rows, N).
+
+    Grid (rows / BT).
+    """
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_w = tl.arange(0, BW)
+    m_t = (o_t < rows)[:, None]
+    p_row = p_grows + (o_t * ROW)[:, None] + o_w[None, :]
+    b = tl.zeros((BT, BW), dtype=tl.float32)
+    for _ in range(programs):
+        b += tl.load(p_row, mask=m_t & (o_w < ROW)[None, :], other=0.0)
+        p_row += rows.to(tl.int64) * ROW
+    b = b.to(p_gB.dtype.element_ty)
+    tl.store(p_gdt + (o_t * RANK)[:, None] + o_w[None, :], b, mask=m_t & (o_w < RANK)[None, :])
+    o_n = o_w - RANK
+    tl.store(p_gB + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])
+    o_n = o_n - N
+    tl.store(p_gC + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])

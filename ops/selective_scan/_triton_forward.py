@@ -35,7 +35,7 @@ def selective_scan_fwd_kernel_states(
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
+    STEPS: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def selective_scan_fwd_kernel_states(
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
     p_path = p_paths + group * length
-    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
@@ -76,16 +76,16 @@ def selective_scan_fwd_kernel_states(
             _store_state(p_slot + (N + n) * (4 * BC), b_hf, m_state, BC)
     for step in range(segment_tiles):
         tile = segment_tiles - 1 - step
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
         )
-        b_x = _load_tile(p_x, o_map, m_map, BC)
+        b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         if REVERSED:
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -105,7 +105,7 @@ def selective_scan_fwd_kernel_states(
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -127,9 +127,7 @@ def selective_scan_fwd_kernel_states(
             for n in range(N):
                 if N > 1:
                     b_hf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
-                _store_state(
-                    p_ends + (o_total * N + n * dim)[:, None, None] + o_sc[None, :, :], b_hf * _LN2, m_state, BC
-                )
+                _store_state(p_end + n * dim, b_hf * _LN2, m_state, BC)
         if REVERSED:
             o_total = (o_pathr * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumr, m_state, BC)
@@ -137,9 +135,7 @@ def selective_scan_fwd_kernel_states(
             for n in range(N):
                 if N > 1:
                     b_hr = _load_state(p_slot + n * (4 * BC), m_state, BC)
-                _store_state(
-                    p_ends + (o_total * N + n * dim)[:, None, None] + o_sc[None, :, :], b_hr * _LN2, m_state, BC
-                )
+                _store_state(p_end + n * dim, b_hr * _LN2, m_state, BC)
     elif REVERSED:
         o_last = (o_pathr * slots + slots - 1) * dim
         for n in range(N):
@@ -155,7 +151,8 @@ def selective_scan_fwd_kernel(
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
+    STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -163,12 +160,12 @@ def selective_scan_fwd_kernel(
 
     Grid (E / BC, lanes / 4), one warp, walked from the path's start. The forward route's state stays on chip; the
     reversed route enters each tile with the state that ``selective_scan_fwd_kernel_states`` left. So x is read once and
-    y written once, plus what earlier groups left in ``p_before`` (ADD). Saves the states at chunk entries (every 8
-    tiles). All arithmetic is fp32.
+    y written once, plus what earlier groups left in ``p_before`` (ADD). Saves the states at chunk
+    entries (every CHUNK steps). All arithmetic is fp32.
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
-    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
+    o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
@@ -203,11 +200,11 @@ def selective_scan_fwd_kernel(
         if TWO_LEVEL and REVERSED:
             b_er = _load_state(p_entryr + n * dim, m_state, BC) * _LOG2E
     for tile in range(segment_tiles):
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, EVEN, EVEN_C, INDEX
+            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
         )
-        b_x = _load_tile(p_x, o_map, m_map, BC)
+        b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         if REVERSED:
             b_hr = _load_state(p_tile + tile * N * dim, m_state, BC)
             b_sumr = tl.zeros((BC, 4), dtype=tl.float32)
@@ -215,13 +212,13 @@ def selective_scan_fwd_kernel(
                 b_sumr = _load_state(p_sum + tile * dim, m_state, BC)
                 b_hr += tl.exp2(b_sumr * b_Ar[:, None]) * b_er
         if ADD:
-            b_y = _load_tile(p_before, o_map, m_map, BC) + b_x * b_D[:, None]
+            b_y = _load_tile(p_before, o_map, m_map, BC, STEPS) + b_x * b_D[:, None]
         else:
             b_y = b_x * b_D[:, None]
-        b_sum = tl.zeros((BC, 32), dtype=tl.float32)
+        b_sum = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
         if FORWARD:
-            if tile % 8 == 0:
-                o_chunk = (o_segment * segment_tiles + tile) // 8
+            if tile % (CHUNK // STEPS) == 0:
+                o_chunk = (o_segment * segment_tiles + tile) // (CHUNK // STEPS)
                 m_save = m_state & (o_chunk < slots - 1)[:, None, None]
                 for n in range(N):
                     if N > 1:
@@ -230,7 +227,7 @@ def selective_scan_fwd_kernel(
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -244,12 +241,12 @@ def selective_scan_fwd_kernel(
                 if N > 1:
                     _store_state(p_slot + n * (4 * BC), b_hf, m_state, BC)
         if REVERSED:
-            o_chunk = (o_segment * segment_tiles + tile) // 8
-            m_save = m_state & (o_chunk < slots - 1)[:, None, None] & (tile % 8 == 7)
+            o_chunk = (o_segment * segment_tiles + tile) // (CHUNK // STEPS)
+            m_save = m_state & (o_chunk < slots - 1)[:, None, None] & (tile % (CHUNK // STEPS) == CHUNK // STEPS - 1)
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -265,7 +262,7 @@ def selective_scan_fwd_kernel(
                 b_h, b_hr = _recur_reversed(b_hr, tl.exp2(b_d * b_Ar[:, None]), b_dx * b_B, BC)
                 b_sum += b_h * b_C
         b_y += b_sum * _LN2
-        tl.store(p_y + o_map, _to_map(b_y, BC).to(p_y.dtype.element_ty), mask=m_map)
+        tl.store(p_y + o_map, _to_map(b_y, BC, STEPS).to(p_y.dtype.element_ty), mask=m_map)
     if FORWARD and not TWO_LEVEL:
         for n in range(N):
             if N > 1:

@@ -12,7 +12,19 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # would only multiply the time of the first call.
 _PLAIN = {
     *("n_lanes", "length", "segments", "segment_tiles", "tiles", "slots", "stride_row_b", "stride_row_p"),
-    *("stride_row_k", "n_routes", "routes", "k_forward", "k_reversed", "blocks", "images", "reversed_routes", "last"),
+    *(
+        "stride_row_k",
+        "n_routes",
+        "routes",
+        "k_forward",
+        "k_reversed",
+        "blocks",
+        "images",
+        "reversed_routes",
+        "last",
+        "rows",
+        "programs",
+    ),
 }
 
 
@@ -23,60 +35,70 @@ def _kernel(function):
 
 
 # Tiles -----------------------------------------------------------------------------------------------------------
-# Column n of a tile [BC, 32] holds step n // 8 * 2 + n % 2 of lane n % 8 // 2, row m holds channel
+# Column n of a tile [BC, 4 * STEPS] holds step n // 8 * 2 + n % 2 of lane n % 8 // 2, row m holds channel
 # m % 8 * (BC / 8) + m // 8 of the program's block. In the layout of a tensor core product a thread then owns one lane,
-# all 8 steps and adjacent channels: what the functions of this section do is renaming registers.
+# all STEPS (4 or 8) steps and adjacent channels: what the functions of this section do is renaming registers.
+
+
+@triton.jit
+def _halves(b, BC: tl.constexpr):
+    """[BC, 32] -> steps 0 to 3 and steps 4 to 7, each [BC, 16]."""
+    return tl.split(tl.permute(tl.reshape(b, (BC, 2, 16)), (0, 2, 1)))
+
+
+@triton.jit
+def _whole(b_1, b_2, BC: tl.constexpr):
+    """The inverse of ``_halves``."""
+    return tl.reshape(tl.permute(tl.join(b_1, b_2), (0, 2, 1)), (BC, 32))
 
 
 @triton.jit
 def _split_time(b, BC: tl.constexpr):
-    """[BC, 32] -> the 8 steps, each [BC, 4]."""
-    b = tl.permute(tl.reshape(b, (BC, 2, 2, 4, 2)), (0, 3, 1, 2, 4))
-    b_even, b_odd = tl.split(b)
-    b_04, b_26 = tl.split(b_even)
-    b_15, b_37 = tl.split(b_odd)
-    b_0, b_4 = tl.split(b_04)
-    b_1, b_5 = tl.split(b_15)
-    b_2, b_6 = tl.split(b_26)
-    b_3, b_7 = tl.split(b_37)
-    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
+    """[BC, 16] -> the 4 steps, each [BC, 4]."""
+    b_even, b_odd = tl.split(tl.permute(tl.reshape(b, (BC, 2, 4, 2)), (0, 2, 1, 3)))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    return b_0, b_1, b_2, b_3
 
 
 @triton.jit
-def _join_time(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7, BC: tl.constexpr):
+def _join_time(b_0, b_1, b_2, b_3, BC: tl.constexpr):
     """The inverse of ``_split_time``."""
-    b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
-    b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
-    return tl.reshape(tl.permute(tl.join(b_even, b_odd), (0, 2, 3, 1, 4)), (BC, 32))
+    b = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+    return tl.reshape(tl.permute(b, (0, 2, 1, 3)), (BC, 16))
 
 
 @triton.jit
 def _sum_time(b, BC: tl.constexpr):
-    """[BC, 32] -> [BC, 4]."""
-    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _split_time(b, BC)
-    return ((b_0 + b_1) + (b_2 + b_3)) + ((b_4 + b_5) + (b_6 + b_7))
+    """[BC, 4 * STEPS] -> [BC, 4]."""
+    if b.shape[1] == 32:
+        b_1, b_2 = _halves(b, BC)
+        b = b_1 + b_2
+    b_0, b_1, b_2, b_3 = _split_time(b, BC)
+    return (b_0 + b_1) + (b_2 + b_3)
 
 
 @triton.jit
 def _repeat_rows(b, BC: tl.constexpr):
-    """[8, 32] -> [BC, 32], row m from row m % 8."""
-    b = tl.reshape(tl.permute(tl.join(b, b), (2, 0, 1)), (16, 32))
+    """[8, 4 * STEPS] -> [BC, 4 * STEPS], row m from row m % 8."""
+    b = tl.reshape(tl.permute(tl.join(b, b), (2, 0, 1)), (16, b.shape[1]))
     if BC == 32:
-        b = tl.reshape(tl.permute(tl.join(b, b), (2, 0, 1)), (32, 32))
+        b = tl.reshape(tl.permute(tl.join(b, b), (2, 0, 1)), (32, b.shape[1]))
     return b
 
 
 @triton.jit
-def _load_tile(p_map, o_map, m_map, BC: tl.constexpr):
-    """[lane, channel group, step, channel] of a map -> [BC, 32] in float32."""
-    b = tl.reshape(tl.load(p_map + o_map, mask=m_map, other=0.0), (4, 8, 4, 2, BC // 8))
-    return tl.reshape(tl.permute(b, (4, 1, 2, 0, 3)), (BC, 32)).to(tl.float32)
+def _load_tile(p_map, o_map, m_map, BC: tl.constexpr, STEPS: tl.constexpr):
+    """[lane, channel group, step, channel] of a map -> [BC, 4 * STEPS] in float32."""
+    b = tl.reshape(tl.load(p_map + o_map, mask=m_map, other=0.0), (4, 8, STEPS // 2, 2, BC // 8))
+    return tl.reshape(tl.permute(b, (4, 1, 2, 0, 3)), (BC, 4 * STEPS)).to(tl.float32)
 
 
 @triton.jit
-def _to_map(b, BC: tl.constexpr):
-    """[BC, 32] -> [lane, channel group, step, channel]."""
-    return tl.reshape(tl.permute(tl.reshape(b, (BC // 8, 8, 4, 4, 2)), (3, 1, 2, 4, 0)), (4, 8, 8, BC // 8))
+def _to_map(b, BC: tl.constexpr, STEPS: tl.constexpr):
+    """[BC, 4 * STEPS] -> [lane, channel group, step, channel]."""
+    b = tl.permute(tl.reshape(b, (BC // 8, 8, STEPS // 2, 4, 2)), (3, 1, 2, 4, 0))
+    return tl.reshape(b, (4, 8, STEPS, BC // 8))
 
 
 @triton.jit
@@ -94,12 +116,12 @@ def _store_state(p_state, b, m_state, BC: tl.constexpr):
 
 
 @triton.jit
-def _lanes(o_lane, n_lanes, segments, segment_tiles, length, INDEX: tl.constexpr):
+def _lanes(o_lane, n_lanes, segments, segment_steps, length, INDEX: tl.constexpr):
     """Image, segment, first step and end of the path of lanes 0 to 3; a lane that does not exist has an empty path."""
     o_lane = tl.program_id(1) * 4 + o_lane
     o_in = tl.minimum(o_lane, n_lanes - 1)
     o_segment = o_in % segments
-    return (o_in // segments).to(INDEX), o_segment, o_segment * segment_tiles * 8, tl.where(o_lane < n_lanes, length, 0)
+    return (o_in // segments).to(INDEX), o_segment, o_segment * segment_steps, tl.where(o_lane < n_lanes, length, 0)
 
 
 @triton.jit
@@ -135,24 +157,27 @@ def _pixels(p_path, o_t, o_end, EVEN: tl.constexpr):
 
 @triton.jit
 def _locate_columns(
-    p_path, tile, n_lanes, segments, segment_tiles, length, EVEN: tl.constexpr, INDEX: tl.constexpr
+    p_path, tile, n_lanes, segments, segment_tiles, length,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Image, pixel and mask of the columns of a tile, each [32]."""
-    o_n = tl.arange(0, 32)
-    o_b, _, o_start, o_end = _lanes(o_n % 8 // 2, n_lanes, segments, segment_tiles, length, INDEX)
-    o_p, m_t = _pixels(p_path, o_start + tile * 8 + (o_n // 8 * 2 + o_n % 2), o_end, EVEN)
+    """Image, pixel and mask of the columns of a tile, each [4 * STEPS]."""
+    o_n = tl.arange(0, 4 * STEPS)
+    o_b, _, o_start, o_end = _lanes(o_n % 8 // 2, n_lanes, segments, segment_tiles * STEPS, length, INDEX)
+    o_p, m_t = _pixels(p_path, o_start + tile * STEPS + (o_n // 8 * 2 + o_n % 2), o_end, EVEN)
     return o_b, o_p, m_t
 
 
 @triton.jit
 def _locate_map(
     p_path, tile, o_c, n_lanes, segments, segment_tiles, length, dim,
-    EVEN: tl.constexpr, EVEN_C: tl.constexpr, INDEX: tl.constexpr,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Images [4], pixels [4, 8], and offsets and mask of a tile in a contiguous map (B, L, E), [4, 8, 8, BC / 8]."""
-    o_b, _, o_start, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles, length, INDEX)
-    o_t = (o_start + tile * 8)[:, None] + tl.arange(0, 8)[None, :]
-    o_p, m_t = _pixels(p_path, o_t, tl.broadcast_to(o_end[:, None], (4, 8)), EVEN)
+    """Images [4], pixels [4, STEPS], and offsets and mask of a tile in a contiguous map (B, L, E), each
+    [4, 8, STEPS, BC / 8].
+    """
+    o_b, _, o_start, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
+    o_t = (o_start + tile * STEPS)[:, None] + tl.arange(0, STEPS)[None, :]
+    o_p, m_t = _pixels(p_path, o_t, tl.broadcast_to(o_end[:, None], (4, STEPS)), EVEN)
     o_map = ((o_b[:, None] * length + o_p) * dim)[:, None, :, None] + o_c[None, :, None, :]
     return o_b, o_p, o_map, _in_channels(m_t[:, None, :, None], o_c[None, :, None, :], dim, EVEN_C)
 
@@ -193,7 +218,7 @@ def _softplus(b_s, EXACT: tl.constexpr):
 
 @triton.jit
 def _load_rows(p_rows, o_prow, m_t, WIDTH: tl.constexpr, BR: tl.constexpr):
-    """``WIDTH`` entries of packed rows, transposed: [BR, 32]."""
+    """``WIDTH`` entries of packed rows, transposed: [BR, 4 * STEPS]."""
     o_r = tl.arange(0, BR)
     return tl.trans(
         tl.load(p_rows + o_prow[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < WIDTH)[None, :], other=0.0)
@@ -222,9 +247,10 @@ def _load_route(
     p_dt, p_rows, k, o_b, o_p, m_t, o_mb, o_mp, o_mc, m_map, b_w, b_bias,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    LOW_RANK: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a route says about a tile: its packed rows [BR, 32], those with B and C [BN, 32], raw steps [BC, 32]."""
+    """What a route says about a tile: its packed rows [BR, 4 * STEPS], those with B and C [BN, 4 * STEPS], raw steps
+    [BC, 4 * STEPS]."""
     # Strides come divided by ALIGN: that lets the compiler see how wide it can load.
     o_row = (o_b * stride_row_b + k * stride_row_k + o_p * stride_row_p) * ALIGN
     if N == 1:
@@ -236,16 +262,17 @@ def _load_route(
         if LOW_RANK:
             b_rows = _load_rows(p_rows, o_row, m_t, RANK, BR)
     if LOW_RANK:
-        b_s = tl.dot(b_w, b_rows, acc=tl.broadcast_to(b_bias[:, None], (BC, 32)), input_precision=PRECISION)
+        b_s = tl.dot(b_w, b_rows, acc=tl.broadcast_to(b_bias[:, None], (BC, 4 * STEPS)), input_precision=PRECISION)
     else:
         o_dt = (o_mb * stride_dt_b + k * stride_dt_k)[:, None] + o_mp * stride_dt_p
-        b_s = _load_tile(p_dt, o_dt[:, None, :, None] + o_mc[None, :, None, :], m_map, BC) * _LOG2E + b_bias[:, None]
+        b_dt = _load_tile(p_dt, o_dt[:, None, :, None] + o_mc[None, :, None, :], m_map, BC, STEPS)
+        b_s = b_dt * _LOG2E + b_bias[:, None]
     return b_rows, b_bc, b_s
 
 
 @triton.jit
 def _steps(b_s, m_t, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr):
-    """Step sizes [BC, 32]; 0 beyond the path's end, where the state must stay as it is."""
+    """Step sizes [BC, 4 * STEPS]; 0 beyond the path's end, where the state must stay as it is."""
     if SOFTPLUS:
         b_s = _softplus(b_s, EXACT)
     if not EVEN:
@@ -255,7 +282,7 @@ def _steps(b_s, m_t, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def _select(b_rows, column, N: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows ``column`` and ``column + N`` of ``b_rows`` [BR, 32], each repeated for all channels: [BC, 32] in float32.
+    """Rows ``column`` and ``column + N`` of ``b_rows``, each repeated for all channels: [BC, 4 * STEPS] in float32.
 
     One product with unit vectors is exact and arrives in the layout of the step sizes. Loading the two columns would
     touch every packed row's cache line again.
@@ -263,71 +290,151 @@ def _select(b_rows, column, N: tl.constexpr, BC: tl.constexpr, PRECISION: tl.con
     o_unit = column + tl.arange(0, 16) // 8 * N
     b_unit = tl.where(o_unit[:, None] == tl.arange(0, b_rows.shape[0])[None, :], 1.0, 0.0).to(b_rows.dtype)
     b = tl.dot(b_unit, b_rows, input_precision=PRECISION)
-    b_B, b_C = tl.split(tl.permute(tl.reshape(b, (2, 8, 32)), (1, 2, 0)))
+    b_B, b_C = tl.split(tl.permute(tl.reshape(b, (2, 8, b.shape[1])), (1, 2, 0)))
     return _repeat_rows(b_B, BC), _repeat_rows(b_C, BC)
 
 
-# Recurrences over the 8 steps of a tile --------------------------------------------------------------------------
+# Recurrences over the steps of a tile ----------------------------------------------------------------------------
 
 
 @triton.jit
-def _recur(b_h, b_a, b_b, BC: tl.constexpr):
-    """h <- a h + b from step 0 to 7: the states after each step, and the last one."""
-    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _split_time(b_b, BC)
+def _recur_4(b_h, b_a, b_b, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    b_0, b_1, b_2, b_3 = _split_time(b_b, BC)
     h_0 = a_0 * b_h + b_0
     h_1 = a_1 * h_0 + b_1
     h_2 = a_2 * h_1 + b_2
     h_3 = a_3 * h_2 + b_3
-    h_4 = a_4 * h_3 + b_4
-    h_5 = a_5 * h_4 + b_5
-    h_6 = a_6 * h_5 + b_6
-    h_7 = a_7 * h_6 + b_7
-    return _join_time(h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, BC), h_7
+    return _join_time(h_0, h_1, h_2, h_3, BC), h_3
+
+
+@triton.jit
+def _recur_reversed_4(b_h, b_a, b_b, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    b_0, b_1, b_2, b_3 = _split_time(b_b, BC)
+    h_3 = a_3 * b_h + b_3
+    h_2 = a_2 * h_3 + b_2
+    h_1 = a_1 * h_2 + b_1
+    h_0 = a_0 * h_1 + b_0
+    return _join_time(h_0, h_1, h_2, h_3, BC), h_0
+
+
+@triton.jit
+def _recur(b_h, b_a, b_b, BC: tl.constexpr):
+    """h <- a h + b from the first step to the last: the states after each step, and the last one."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        b_1, b_2 = _halves(b_b, BC)
+        h_1, b_h = _recur_4(b_h, a_1, b_1, BC)
+        h_2, b_h = _recur_4(b_h, a_2, b_2, BC)
+        return _whole(h_1, h_2, BC), b_h
+    else:
+        return _recur_4(b_h, b_a, b_b, BC)
 
 
 @triton.jit
 def _recur_reversed(b_h, b_a, b_b, BC: tl.constexpr):
-    """h <- a h + b from step 7 to 0."""
-    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _split_time(b_b, BC)
-    h_7 = a_7 * b_h + b_7
-    h_6 = a_6 * h_7 + b_6
-    h_5 = a_5 * h_6 + b_5
-    h_4 = a_4 * h_5 + b_4
-    h_3 = a_3 * h_4 + b_3
-    h_2 = a_2 * h_3 + b_2
-    h_1 = a_1 * h_2 + b_1
-    h_0 = a_0 * h_1 + b_0
-    return _join_time(h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, BC), h_0
+    """h <- a h + b from the last step to the first."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        b_1, b_2 = _halves(b_b, BC)
+        h_2, b_h = _recur_reversed_4(b_h, a_2, b_2, BC)
+        h_1, b_h = _recur_reversed_4(b_h, a_1, b_1, BC)
+        return _whole(h_1, h_2, BC), b_h
+    else:
+        return _recur_reversed_4(b_h, b_a, b_b, BC)
 
 
 @triton.jit
-def _collect(b_h, b_before, b_a, b_b, BC: tl.constexpr):
-    """h + sum over steps of (product of all decays up to the step, its own too) * b: what reaches the tile's start."""
-    a_0, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _split_time(b_b, BC)
+def _collect_4(b_h, b_before, b_a, b_b, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    b_0, b_1, b_2, b_3 = _split_time(b_b, BC)
     a_0 = b_before * a_0
     a_1 = a_0 * a_1
     a_2 = a_1 * a_2
     a_3 = a_2 * a_3
-    a_4 = a_3 * a_4
-    a_5 = a_4 * a_5
-    a_6 = a_5 * a_6
-    a_7 = a_6 * a_7
-    return b_h + a_0 * b_0 + a_1 * b_1 + a_2 * b_2 + a_3 * b_3 + a_4 * b_4 + a_5 * b_5 + a_6 * b_6 + a_7 * b_7
+    return b_h + a_0 * b_0 + a_1 * b_1 + a_2 * b_2 + a_3 * b_3, a_3
+
+
+@triton.jit
+def _collect_reversed_4(b_h, b_after, b_a, b_b, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    b_0, b_1, b_2, b_3 = _split_time(b_b, BC)
+    a_3 = b_after * a_3
+    a_2 = a_3 * a_2
+    a_1 = a_2 * a_1
+    return b_h + b_after * b_3 + a_3 * b_2 + a_2 * b_1 + a_1 * b_0, a_1 * a_0
+
+
+@triton.jit
+def _collect(b_h, b_before, b_a, b_b, BC: tl.constexpr):
+    """h + sum over steps of (product of all decays up to the step, its own too) * b: what reaches the path's start."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        b_1, b_2 = _halves(b_b, BC)
+        b_h, b_before = _collect_4(b_h, b_before, a_1, b_1, BC)
+        b_h, b_before = _collect_4(b_h, b_before, a_2, b_2, BC)
+    else:
+        b_h, b_before = _collect_4(b_h, b_before, b_a, b_b, BC)
+    return b_h
 
 
 @triton.jit
 def _collect_reversed(b_h, b_after, b_a, b_b, BC: tl.constexpr):
-    """h + sum over steps of (product of the decays of all later steps) * b: what reaches the tile's end and beyond."""
-    _, a_1, a_2, a_3, a_4, a_5, a_6, a_7 = _split_time(b_a, BC)
-    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = _split_time(b_b, BC)
-    a_7 = b_after * a_7
-    a_6 = a_7 * a_6
-    a_5 = a_6 * a_5
-    a_4 = a_5 * a_4
-    a_3 = a_4 * a_3
-    a_2 = a_3 * a_2
-    a_1 = a_2 * a_1
-    return b_h + b_after * b_7 + a_7 * b_6 + a_6 * b_5 + a_5 * b_4 + a_4 * b_3 + a_3 * b_2 + a_2 * b_1 + a_1 * b_0
+    """h + sum over steps of (product of the decays of all later steps) * b: what reaches the segment's end."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        b_1, b_2 = _halves(b_b, BC)
+        b_h, b_after = _collect_reversed_4(b_h, b_after, a_2, b_2, BC)
+        b_h, b_after = _collect_reversed_4(b_h, b_after, a_1, b_1, BC)
+    else:
+        b_h, b_after = _collect_reversed_4(b_h, b_after, b_a, b_b, BC)
+    return b_h
+
+
+@triton.jit
+def _adjoint_4(b_q, b_a, b_c, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    c_0, c_1, c_2, c_3 = _split_time(b_c, BC)
+    g_3 = b_q + c_3
+    g_2 = a_3 * g_3 + c_2
+    g_1 = a_2 * g_2 + c_1
+    g_0 = a_1 * g_1 + c_0
+    return _join_time(g_0, g_1, g_2, g_3, BC), a_0 * g_0
+
+
+@triton.jit
+def _adjoint_reversed_4(b_q, b_a, b_c, BC: tl.constexpr):
+    a_0, a_1, a_2, a_3 = _split_time(b_a, BC)
+    c_0, c_1, c_2, c_3 = _split_time(b_c, BC)
+    g_0 = b_q + c_0
+    g_1 = a_0 * g_0 + c_1
+    g_2 = a_1 * g_1 + c_2
+    g_3 = a_2 * g_2 + c_3
+    return _join_time(g_0, g_1, g_2, g_3, BC), a_3 * g_3
+
+
+@triton.jit
+def _adjoint(b_q, b_a, b_c, BC: tl.constexpr):
+    """G_t = q_t + c_t, q_{t-1} = a_t G_t from the last step to the first: all G, and the q that leaves the tile."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        c_1, c_2 = _halves(b_c, BC)
+        g_2, b_q = _adjoint_4(b_q, a_2, c_2, BC)
+        g_1, b_q = _adjoint_4(b_q, a_1, c_1, BC)
+        return _whole(g_1, g_2, BC), b_q
+    else:
+        return _adjoint_4(b_q, b_a, b_c, BC)
+
+
+@triton.jit
+def _adjoint_reversed(b_q, b_a, b_c, BC: tl.constexpr):
+    """The adjoint of a reversed route, from the first step to the last."""
+    if b_a.shape[1] == 32:
+        a_1, a_2 = _halves(b_a, BC)
+        c_1, c_2 = _halves(b_c, BC)
+        g_1, b_q = _adjoint_reversed_4(b_q, a_1, c_1, BC)
+        g_2, b_q = _adjoint_reversed_4(b_q, a_2, c_2, BC)
+        return _whole(g_1, g_2, BC), b_q
+    else:
+        return _adjoint_reversed_4(b_q, b_a, b_c, BC)

@@ -1,7 +1,7 @@
 """Selective scan in Triton: forward and backward.
 
-Design. A *tile* is 8 consecutive steps of a path, a *segment* a run of tiles that one lane walks, a *lane* one segment
-of one image. A program is one warp: it walks 4 lanes side by side over BC channels. The [BC, 32] tile of a step has the
+Design. A *tile* is 8 (backward: 4) consecutive steps of a path, a *segment* a run of tiles that one lane walks, a *lane* one segment
+of one image. A program is one warp: it walks 4 lanes side by side over BC channels. The [BC, 32] tile has the
 layout of the tensor core product that expands the step sizes, with column = (step // 2, lane, step % 2): a thread holds
 all 8 steps of its lane and adjacent channels, so the recurrence is plain sequential arithmetic on registers. Low-rank
 steps, B and C of a pixel and route are one packed row, read once; B and C reach all channels by one product with unit
@@ -22,8 +22,8 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
-from subquad.ops.selective_scan._triton_backward import selective_scan_bwd_kernel, selective_scan_bwd_kernel_states
+from subquad.ops.selective_scan._triton_backward import (
+    selective_scan_bwd_kernel,
+    selective_scan_bwd_kernel_rows,
+    selective_scan_bwd_kernel_states,
+)
 from subquad.ops.selective_scan._triton_forward import (
     selective_scan_chain_kernel,
     selective_scan_fwd_kernel,
@@ -40,9 +44,8 @@ from subquad.ops.selective_scan._triton_forward import (
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
+_MOST_PLANS = 256
 _LANES = 4
-_STEPS = 8
-_TILES = CHUNK // _STEPS
 
 
 class _Config(NamedTuple):
@@ -50,24 +53,32 @@ class _Config(NamedTuple):
 
     Attributes:
         block: channels of a program, 16 or 32.
+        steps: steps of a tile, 4 or 8.
         waves: programs wanted for each multiprocessor; a scan with fewer is cut into segments.
         stages: tiles whose rows are on their way at once.
     """
 
     block: int
+    steps: int
     waves: int
     stages: int
 
 
 _CONFIGS = {
-    ("forward", "one state"): _Config(block=16, waves=16, stages=3),
-    ("forward", "many states"): _Config(block=16, waves=16, stages=1),
-    ("backward", "one state"): _Config(block=16, waves=16, stages=1),
-    ("backward", "many states"): _Config(block=16, waves=16, stages=1),
+    ("forward", "one state"): _Config(block=16, steps=8, waves=64, stages=3),
+    ("forward", "many states"): _Config(block=16, steps=8, waves=16, stages=1),
+    ("backward", "one state"): _Config(block=16, steps=4, waves=64, stages=1),
+    ("backward", "many states"): _Config(block=16, steps=4, waves=16, stages=1),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
-_CANDIDATES = [_Config(block, waves, stages) for block in (16, 32) for waves in (8, 16, 32) for stages in (1, 3)]
+_CANDIDATES = [
+    _Config(block, steps, waves, stages)
+    for block in (16, 32)
+    for steps in (4, 8)
+    for waves in (16, 32, 64)
+    for stages in (1, 3)
+]
 
 
 def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
@@ -121,35 +132,128 @@ def _paths(call: ScanCall, groups: list[_Group]) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """Sizes of one call's launches and the arguments that all kernels share."""
+    """What all calls of one shape class share."""
 
     groups: list[_Group]
+    batches: list[list[_Group]]
     paths: Tensor
     block: int
     segments: int
-    segment_tiles: int
-    lanes: int
+    tiles: int
+    grid: tuple[int, int]
+    channel_blocks: int  # that a program of the gradient pass walks one after another
+    packed: bool
     sizes: tuple[int, ...]  # n_lanes to n_routes of every kernel's arguments
-    meta: dict[str, object]
-
-    @property
-    def lane_programs(self) -> int:
-        return triton.cdiv(self.lanes, _LANES)
+    meta: dict[str, Any]
+    launch: _triton.Launcher
 
     @property
     def two_level(self) -> bool:
         return self.segments > 1
 
-    @property
-    def tiles(self) -> int:
-        return self.segments * self.segment_tiles
 
-    def batches(self) -> Iterator[list[_Group]]:
-        """Groups whose states are computed in one launch: two with the same directions, or one with several states."""
-        size = 2 if self.meta["N"] == 1 else 1
-        for _, same in itertools.groupby(self.groups, key=lambda group: group.directions):
-            members = list(same)
-            yield from (members[start : start + size] for start in range(0, len(members), size))
+_plans: dict[object, _Plan] = {}
+
+
+def _plan(which: str, call: ScanCall, inputs: _Inputs, config: _Config, *more: Tensor | None) -> _Plan:
+    """The plan of a call's shape class: made once, with all that the kernels are compiled for."""
+    key = (
+        which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype, inputs.packed,
+        *map(_triton.facts, (*inputs.tensors, call.initial_state, *more)),
+    )  # fmt: skip
+    if call.table is not None:
+        return _make_plan(call, inputs, config)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _make_plan(call, inputs, config)
+        # A table of pixels that a graph capture fills is not filled outside of the graph.
+        if not (call.x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            if call.x.is_cuda:
+                torch.cuda.current_stream(call.x.device).synchronize()  # other streams may read the table from now on
+            _plans[key] = plan
+    return plan
+
+
+def _make_plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
+    batch, height, width, dim = call.x.shape
+    state, n_routes = call.A.shape[-1], len(call.routes)
+    length = height * width
+    chunks = triton.cdiv(length, CHUNK)
+    blocks = triton.cdiv(dim, config.block)
+    wanted = config.waves * _triton.multiprocessor_count(call.x.device)
+    segment_chunks = max(1, min(chunks, round(chunks * blocks * triton.cdiv(batch, _LANES) / wanted)))
+    segments = triton.cdiv(chunks, segment_chunks)
+    segment_tiles = segment_chunks * CHUNK // config.steps
+    lanes = batch * segments
+    lane_programs = triton.cdiv(lanes, _LANES)
+    rank = call.dt.shape[-1] if call.dt_weight is not None else 0
+    # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
+    largest = max(
+        batch * length * dim,
+        batch * length * n_routes * max(call.dt.shape[-1], blocks * (rank + 2 * state)),
+        batch * n_routes * (chunks + 1) * dim * state,
+        2 * batch * segments * segment_tiles * dim * state,
+        *map(_extent, inputs.tensors),
+    )
+    align = _alignment(inputs)
+    meta = {
+        "N": state,
+        "BC": config.block,
+        "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
+        "BN": max(16, triton.next_power_of_2(2 * state)),
+        "RANK": rank,
+        "ALIGN": align,
+        "STEPS": config.steps,
+        "CHUNK": CHUNK,
+        "TWO_LEVEL": segments > 1,
+        "LOW_RANK": call.dt_weight is not None,
+        "SOFTPLUS": call.dt_softplus,
+        "EVEN": lanes % _LANES == 0 and segments * segment_chunks * CHUNK == length,
+        "EVEN_C": dim % config.block == 0,
+        "EXACT": call.x.dtype == torch.float32,
+        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
+        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
+        "num_warps": 1,
+        "num_stages": config.stages,
+    }
+    groups = _groups(call.routes)
+    row_strides = (stride // align for stride in _strides(inputs.rows))
+    programs = max(1, config.waves // 2 * _triton.multiprocessor_count(call.x.device) // lane_programs)
+    return _Plan(
+        groups=groups,
+        batches=_batches(groups, 2 if state == 1 else 1),
+        paths=_paths(call, groups),
+        block=config.block,
+        segments=segments,
+        tiles=segments * segment_tiles,
+        grid=(blocks, lane_programs),
+        channel_blocks=triton.cdiv(blocks, min(blocks, programs)),
+        packed=inputs.packed,
+        sizes=(
+            lanes,
+            length,
+            segments,
+            segment_tiles,
+            chunks + 1,
+            dim,
+            *_strides(inputs.dt),
+            *row_strides,
+            n_routes,
+        ),
+        meta=meta,
+        launch=_triton.Launcher(),
+    )
+
+
+def _batches(groups: list[_Group], size: int) -> list[list[_Group]]:
+    """Groups whose states are computed in one launch: up to ``size`` with the same directions."""
+    batches = []
+    for _, same in itertools.groupby(groups, key=lambda group: group.directions):
+        members = list(same)
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
 
 
 def _pack_routes(groups: list[_Group]) -> int:
@@ -158,157 +262,105 @@ def _pack_routes(groups: list[_Group]) -> int:
     return sum(k << (7 * i) for i, k in enumerate(numbers))
 
 
-def _plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
-    batch, height, width, dim = call.x.shape
-    state = call.A.shape[-1]
-    length = height * width
-    chunks = triton.cdiv(length, CHUNK)
-    blocks = triton.cdiv(dim, config.block)
-    wanted = config.waves * _triton.multiprocessor_count(call.x.device)
-    segment_chunks = max(1, min(chunks, round(chunks * blocks * triton.cdiv(batch, _LANES) / wanted)))
-    segments = triton.cdiv(chunks, segment_chunks)
-    segment_tiles = segment_chunks * _TILES
-    lanes = batch * segments
-    rank = call.dt.shape[-1] if call.dt_weight is not None else 0
-    n_routes = len(call.routes)
-    groups = _groups(call.routes)
-    # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
-    largest = max(
-        batch * length * dim,
-        batch * length * n_routes * max(call.dt.shape[-1], blocks * (rank + 2 * state)),
-        batch * n_routes * (chunks + 1) * dim * state,
-        2 * batch * segments * segment_tiles * dim * state,
-        inputs.dt.extent,
-        inputs.rows.extent,
-    )
-    align = _alignment(inputs.rows)
-    strides = (*inputs.dt.strides, *(stride // align for stride in inputs.rows.strides))
-    meta = {
-        "N": state,
-        "BC": config.block,
-        "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
-        "BN": max(16, triton.next_power_of_2(2 * state)),
-        "RANK": rank,
-        "ALIGN": align,
-        "TWO_LEVEL": segments > 1,
-        "LOW_RANK": call.dt_weight is not None,
-        "SOFTPLUS": call.dt_softplus,
-        "EVEN": lanes % _LANES == 0 and segments * segment_tiles * _STEPS == length,
-        "EVEN_C": dim % config.block == 0,
-        "EXACT": call.x.dtype == torch.float32,
-        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
-        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
-        "num_warps": 1,
-        "num_stages": config.stages,
-    }
-    return _Plan(
-        groups=groups,
-        paths=_paths(call, groups),
-        block=config.block,
-        segments=segments,
-        segment_tiles=segment_tiles,
-        lanes=lanes,
-        sizes=(lanes, length, segments, segment_tiles, chunks + 1, dim, *strides, n_routes),
-        meta=meta,
-    )
-
-
-class _Rows(NamedTuple):
-    """A tensor (B, H, W, K, ...) as rows: strides of an image, a pixel and a route, innermost axis contiguous."""
-
-    tensor: Tensor
-    strides: tuple[int, int, int]
-
-    @property
-    def extent(self) -> int:
-        """One past the largest offset; more than the number of elements for a strided view."""
-        return 1 + sum((size - 1) * step for size, step in zip(self.tensor.shape, self.tensor.stride(), strict=True))
-
-
-def _rows(tensor: Tensor) -> _Rows:
-    if tensor.stride(-1) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2] * tensor.stride(2)):
-        tensor = tensor.contiguous()
-    pixel = tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1)
-    return _Rows(tensor, (tensor.stride(0), pixel, tensor.stride(3)))
-
-
-def _packed_rows(call: ScanCall) -> _Rows:
-    """dt (if low-rank), B and C of a pixel and route as one row.
-
-    The three views of one projection are such rows already; anything else is copied together.
-    """
-    parts = [call.B.squeeze(-2), call.C.squeeze(-2)]
-    if call.dt_weight is not None:
-        parts.insert(0, call.dt)
-    first = parts[0]
-    end = first.storage_offset()
-    for part in parts:
-        if (
-            part.stride(-1) != 1
-            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or part.storage_offset() != end
-            or part.stride() != first.stride()
-        ):
-            return _rows(torch.cat(parts, dim=-1))
-        end += part.shape[-1]
-    width = sum(part.shape[-1] for part in parts)
-    return _rows(first.as_strided((*first.shape[:-1], width), first.stride()))
-
-
-def _alignment(rows: _Rows) -> int:
-    """Elements (1, 2, 4 or 8) that every row's address is a multiple of, for wide loads."""
-    align = 8
-    while rows.tensor.data_ptr() % (align * rows.tensor.element_size()) or any(step % align for step in rows.strides):
-        align //= 2
-    return align
-
-
 class _Inputs(NamedTuple):
-    """Inputs as the kernels take them: contiguous maps and parameters, zeros for absent vectors."""
+    """Inputs as the kernels take them: contiguous maps and parameters, zeros for absent vectors.
+
+    ``rows`` holds dt (if low-rank), B and C of a pixel and route as one row; with ``packed`` it is a copy.
+    """
 
     x: Tensor
-    dt: _Rows
-    rows: _Rows
+    dt: Tensor
+    rows: Tensor
     A: Tensor
     D: Tensor
     weight: Tensor
     bias: Tensor
+    packed: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.x, self.dt, self.rows, self.A, self.D, self.weight, self.bias
 
 
 def _inputs(call: ScanCall) -> _Inputs:
     A = call.A.contiguous()
     zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
-    rows = _packed_rows(call)
+    parts = (call.B, call.C) if call.dt_weight is None else (call.dt, call.B, call.C)
+    rows, packed = parts[0], not _are_rows(parts)
+    if packed:
+        rows = torch.cat([part.flatten(4) for part in parts], dim=-1)
     return _Inputs(
         x=call.x.contiguous(),
-        dt=rows if call.dt_weight is not None else _rows(call.dt),
+        dt=rows if call.dt_weight is not None else _with_rows(call.dt),
         rows=rows,
         A=A,
         D=zeros if call.D is None else call.D.contiguous(),
         weight=A if call.dt_weight is None else call.dt_weight.contiguous(),
         bias=zeros if call.dt_bias is None else call.dt_bias.contiguous(),
+        packed=packed,
     )
 
 
+def _are_rows(parts: Sequence[Tensor]) -> bool:
+    """Whether (B, H, W, K, ...) tensors are neighbouring columns of one tensor: the views of one projection."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        if part.stride(-1) != 1 or part.data_ptr() != end or part.stride()[:4] != first.stride()[:4]:
+            return False
+        end += part[0, 0, 0, 0].numel() * part.element_size()
+    return end - first.data_ptr() <= first.stride(3) * first.element_size() and _with_rows(first) is first
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` (B, H, W, K, ...), copied if a pixel's number does not lead to its address by one stride."""
+    if tensor.stride(-1) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2] * tensor.stride(2)):
+        return tensor.contiguous()
+    return tensor
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of an image, a pixel and a route of (B, H, W, K, ...)."""
+    return tensor.stride(0), tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1), tensor.stride(3)
+
+
+def _extent(tensor: Tensor) -> int:
+    """One past the largest offset; more than the number of elements for a strided view."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _alignment(inputs: _Inputs) -> int:
+    """Elements (1, 2, 4 or 8) that every row's address is a multiple of, for wide loads."""
+    rows, align = inputs.rows, 8
+    while rows.data_ptr() % (align * rows.element_size()) or any(stride % align for stride in _strides(rows)):
+        align //= 2
+    return align
+
+
 def _chain(
-    plan: _Plan,
-    A: Tensor,
-    totals: Tensor,
-    ends: Tensor,
-    given: Tensor | None,
-    last: Tensor | None,
-    stride: int,
-    against: Callable[[_Group], int],
+    plan: _Plan, A: Tensor, between: _Between, given: Tensor | None, last: Tensor | None, stride: int, against: str
 ) -> Tensor:
-    """States that enter the segments (B, K, segments, N, E), of routes walked from the last segment: ``against``."""
+    """States that enter the segments (B, K, segments, N, E).
+
+    Args:
+        given: states (B, K, N, E) that enter the first segments.
+        last: where the states that leave the last segments go, [E, N] at every ``stride`` numbers.
+        against: "forward" or "reversed": which routes of the groups are walked from the last segment.
+    """
+    ends = between.ends
     batch, n_routes, segments, state, dim = ends.shape
     entries = torch.empty_like(ends)
     block = 32
-    mask = sum(1 << against(group) for group in plan.groups if against(group) >= 0)
-    selective_scan_chain_kernel[(batch * n_routes, triton.cdiv(dim * state, block))](
-        totals, A, ends, ends if given is None else given, entries, ends if last is None else last,
-        segments, stride, dim, n_routes, mask,
-        N=state, BS=32, BJ=block, GIVEN=given is not None, LAST=last is not None, num_warps=1,
+    walked = [getattr(group, against) for group in plan.groups]
+    plan.launch(
+        "chain",
+        selective_scan_chain_kernel,
+        (batch * n_routes, triton.cdiv(dim * state, block), 1),
+        (
+            between.totals, A, ends, ends if given is None else given, entries, ends if last is None else last,
+            segments, stride, dim, n_routes, sum(1 << k for k in walked if k >= 0),
+        ),
+        {"N": state, "BS": 32, "BJ": block, "GIVEN": given is not None, "LAST": last is not None, "num_warps": 1},
     )  # fmt: skip
     return entries
 
@@ -327,9 +379,9 @@ class _Between(NamedTuple):
     totals: Tensor  # (B, K, segments, E): sum of a segment's steps
 
 
-def _between(x: Tensor, plan: _Plan, n_routes: int) -> _Between:
-    batch, dim, state = x.shape[0], x.shape[-1], int(plan.meta["N"])  # type: ignore[call-overload]
-    groups = max(len(groups) for groups in plan.batches())
+def _between(x: Tensor, plan: _Plan, n_routes: int, state: int) -> _Between:
+    batch, dim = x.shape[0], x.shape[-1]
+    groups = len(plan.batches[0])
     tiles = _scratch(x, groups, batch, plan.tiles, state, dim)
     if not plan.two_level:
         return _Between(tiles, tiles, tiles, tiles)
@@ -341,12 +393,6 @@ def _between(x: Tensor, plan: _Plan, n_routes: int) -> _Between:
     )
 
 
-def _waiting(x: Tensor, plan: _Plan, programs: int, kinds: int) -> Tensor:
-    """Memory for N > 1 states of each program's lanes, or anything where they stay in registers."""
-    state = int(plan.meta["N"])  # type: ignore[call-overload]
-    return _scratch(x, programs, kinds, state, _LANES, plan.block) if state > 1 else x
-
-
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     """Merged output and saved states of a canonical call (see call.py)."""
     return _forward(call, _config("forward", call, lambda config: _forward(call, config)))
@@ -354,50 +400,55 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
 
 def _forward(call: ScanCall, config: _Config) -> tuple[Tensor, Tensor]:
     inputs = _inputs(call)
-    plan = _plan(call, inputs, config)
-    x = inputs.x
-    batch, length, dim, n_routes, state = (
-        x.shape[0],
-        plan.paths.shape[1],
-        x.shape[-1],
-        len(call.routes),
-        call.A.shape[-1],
-    )
-    grid = (triton.cdiv(dim, plan.block), plan.lane_programs)
+    plan = _plan("forward", call, inputs, config)
+    x, meta = inputs.x, plan.meta
+    batch, dim, n_routes, state = x.shape[0], x.shape[-1], len(call.routes), meta["N"]
 
     y = torch.empty_like(x, dtype=call.out_dtype)
     partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
-    states = _scratch(x, batch, n_routes, triton.cdiv(length, CHUNK) + 1, dim, state)
-    between = _between(x, plan, n_routes)
-    waiting = _waiting(x, plan, 2 * grid[0] * grid[1], 2)
+    states = _scratch(x, batch, n_routes, plan.sizes[4], dim, state)
+    between = _between(x, plan, n_routes, state)
+    waiting = _scratch(x, 4 * plan.grid[0] * plan.grid[1], state, _LANES, plan.block) if state > 1 else x
     given = _by_channel(call.initial_state)
-    entries, add = states if given is None else given, False
-    shared = (x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
+    has_given = given is not None
+    given = states if given is None else given
+    entries, before = given, None
+    shared = (x, inputs.dt, inputs.rows, inputs.weight, inputs.bias, inputs.A)
 
     with torch.cuda.device_of(x):
-        for groups in plan.batches():
+        for number, groups in enumerate(plan.batches):
             is_forward, is_reversed = groups[0].directions
+            directions = {"FORWARD": is_forward, "REVERSED": is_reversed}
             first = plan.groups.index(groups[0])
             if is_reversed or plan.two_level:
-                selective_scan_fwd_kernel_states[(*grid, len(groups))](
-                    *shared, plan.paths[first], states if given is None else given, *between, states, waiting,
-                    *plan.sizes, _pack_routes(groups), batch,
-                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=given is not None and not plan.two_level,
-                    **plan.meta,
+                plan.launch(
+                    f"states {number}",
+                    selective_scan_fwd_kernel_states,
+                    (*plan.grid, len(groups)),
+                    (
+                        *shared, plan.paths[first], given, *between, states, waiting,
+                        *plan.sizes, _pack_routes(groups), batch,
+                    ),
+                    {**meta, **directions, "ENTRY": has_given and not plan.two_level},
                 )  # fmt: skip
             if plan.two_level:
-                stride = states.stride(1)
+                last = states[0, 0, -1]
                 entries = _chain(
-                    plan, inputs.A, between.totals, between.ends, given, states[0, 0, -1], stride, lambda g: g.reversed
+                    plan, inputs.A, between, given if has_given else None, last, states.stride(1), "reversed"
                 )
             for i, group in enumerate(groups):
-                selective_scan_fwd_kernel[grid](
-                    *shared, inputs.D, plan.paths[first + i], entries, between.tiles[i], between.sums[i], states,
-                    partial, y if group is plan.groups[-1] else partial, waiting, *plan.sizes, _pack_routes([group]),
-                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=plan.two_level or given is not None, ADD=add,
-                    **plan.meta,
+                target = y if group is plan.groups[-1] else partial
+                plan.launch(
+                    f"output {first + i}",
+                    selective_scan_fwd_kernel,
+                    (*plan.grid, 1),
+                    (
+                        *shared, inputs.D, plan.paths[first + i], entries, between.tiles[i], between.sums[i], states,
+                        target if before is None else before, target, waiting, *plan.sizes, _pack_routes([group]),
+                    ),
+                    {**meta, **directions, "ENTRY": plan.two_level or has_given, "ADD": before is not None},
                 )  # fmt: skip
-                add = True
+                before = target
     return y, states
 
 
@@ -405,7 +456,7 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
     """Gradients of a canonical call from its saved states, each in its input's dtype."""
 
     def run(config: _Config) -> Gradients:
-        return _backward(call, states, grad_y, grad_last_state, config)
+        return _backward(call, states.contiguous(), grad_y.contiguous(), grad_last_state, config)
 
     return run(_config("backward", call, run))
 
@@ -414,65 +465,85 @@ def _backward(
     call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None, config: _Config
 ) -> Gradients:
     inputs = _inputs(call)
-    plan = _plan(call, inputs, config)
-    batch, height, width, dim = call.x.shape
-    n_routes, state = len(call.routes), call.A.shape[-1]
-    x, grad_y = inputs.x, grad_y.contiguous()
-    blocks = triton.cdiv(dim, plan.block)
-    wanted = max(1, config.waves // 2 * _triton.multiprocessor_count(x.device) // plan.lane_programs)
-    blocks_each = triton.cdiv(blocks, min(blocks, wanted))
-    grid = (triton.cdiv(blocks, blocks_each), plan.lane_programs)
+    plan = _plan("backward", call, inputs, config, states, grad_y, grad_last_state)
+    x, meta = inputs.x, plan.meta
+    batch, height, width, dim = x.shape
+    n_routes, state, rank = len(call.routes), meta["N"], meta["RANK"]
+    blocks, lane_programs = plan.grid
+    channel_programs = triton.cdiv(blocks, plan.channel_blocks)
     low_rank = call.dt_weight is not None
-    rank = call.dt.shape[-1] if low_rank else 0
 
     grad_x = torch.empty_like(x)
     partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
-    grad_dt = x if low_rank else torch.empty(call.dt.shape, dtype=x.dtype, device=x.device)
-    rows = _scratch(x, grid[0], batch, height, width, n_routes, rank + 2 * state)
-    params = _scratch(x, plan.lane_programs, n_routes, dim, rank + state + 2)
+    grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
+    row = 4 * triton.cdiv(rank + 2 * state, 4)  # rows that can be written 16 bytes wide
+    rows = _scratch(x, channel_programs, batch * height * width * n_routes, row)
+    params = _scratch(x, lane_programs, n_routes, dim, state + 2)
+    weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else x
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
-    between = _between(x, plan, n_routes)
+    keep = grad_initial is not None
+    between = _between(x, plan, n_routes, state)
     state_tiles = torch.empty_like(between.tiles)
-    waiting = _waiting(x, plan, 2 * blocks * grid[1], 4)
+    waiting = _scratch(x, 6 * blocks * lane_programs, state, _LANES, plan.block) if state > 1 else x
     given = _by_channel(grad_last_state)
-    entries, add = states if given is None else given, False
-    shared = (grad_y, x, inputs.dt.tensor, inputs.rows.tensor, inputs.weight, inputs.bias, inputs.A)
+    has_given = given is not None
+    given = states if given is None else given
+    entries, before = given, None
+    shared = (grad_y, x, inputs.dt, inputs.rows, inputs.weight, inputs.bias, inputs.A)
     initial = states if grad_initial is None else grad_initial
 
     with torch.cuda.device_of(x):
-        for groups in plan.batches():
+        for number, groups in enumerate(plan.batches):
             is_forward, is_reversed = groups[0].directions
+            directions = {"FORWARD": is_forward, "REVERSED": is_reversed, "KEEP_INITIAL": keep}
             first = plan.groups.index(groups[0])
-            selective_scan_bwd_kernel_states[(blocks, grid[1], len(groups))](
-                *shared, plan.paths[first], states, states if given is None else given, state_tiles, *between, initial,
-                waiting, *plan.sizes, _pack_routes(groups), batch,
-                FORWARD=is_forward, REVERSED=is_reversed, ENTRY=given is not None and not plan.two_level,
-                KEEP_INITIAL=grad_initial is not None, **plan.meta,
+            plan.launch(
+                f"states {number}",
+                selective_scan_bwd_kernel_states,
+                (*plan.grid, len(groups)),
+                (
+                    *shared, plan.paths[first], states, given, state_tiles, *between, initial, waiting,
+                    *plan.sizes, _pack_routes(groups), batch,
+                ),
+                {**meta, **directions, "ENTRY": has_given and not plan.two_level},
             )  # fmt: skip
             if plan.two_level:
                 entries = _chain(
-                    plan, inputs.A, between.totals, between.ends, given, grad_initial, dim * state, lambda g: g.forward
+                    plan, inputs.A, between, given if has_given else None, grad_initial, dim * state, "forward"
                 )
             for i, group in enumerate(groups):
-                selective_scan_bwd_kernel[grid](
-                    *shared, inputs.D, plan.paths[first + i], states, entries, state_tiles[i], between.tiles[i],
-                    between.sums[i], partial, grad_x if group is plan.groups[-1] else partial, grad_dt, rows, params,
-                    initial, waiting, *plan.sizes, _pack_routes([group]), blocks_each, batch,
-                    FORWARD=is_forward, REVERSED=is_reversed, ENTRY=plan.two_level or given is not None, ADD=add,
-                    KEEP_INITIAL=grad_initial is not None, DOT=_dot_dtype(x), **plan.meta,
+                target = grad_x if group is plan.groups[-1] else partial
+                plan.launch(
+                    f"gradients {first + i}",
+                    selective_scan_bwd_kernel,
+                    (channel_programs, lane_programs, 1),
+                    (
+                        *shared, inputs.D, plan.paths[first + i], states, entries, state_tiles[i], between.tiles[i],
+                        between.sums[i], target if before is None else before, target, grad_dt, rows, weights, params,
+                        initial, waiting, *plan.sizes, _pack_routes([group]), plan.channel_blocks, batch,
+                    ),
+                    {
+                        **meta, **directions, "ENTRY": plan.two_level or has_given, "ADD": before is not None,
+                        "DOT": _dot_dtype(x), "ROW": row,
+                    },
                 )  # fmt: skip
-                add = True
-    row = rows.sum(0) if grid[0] > 1 else rows[0]
-    grad_low, grad_B, grad_C = row.split([rank, state, state], dim=-1)
-    grad_weight, grad_A, grad_D, grad_bias = params.sum(0).split([rank, state, 1, 1], dim=-1)
+                before = target
+        plan.launch(
+            "rows",
+            selective_scan_bwd_kernel_rows,
+            (triton.cdiv(rows.shape[1], 32), 1, 1),
+            (rows, grad_dt, grad_B, grad_C, rows.shape[1], channel_programs),
+            {"N": state, "RANK": rank, "ROW": row, "BT": 32, "BW": triton.next_power_of_2(row), "num_warps": 4},
+        )
+    grad_A, grad_D, grad_bias = params.sum(0).split([state, 1, 1], dim=-1)
     return (
         grad_x,
-        grad_low.to(x.dtype, copy=True) if low_rank else grad_dt,
+        grad_dt,
         grad_A.contiguous(),
-        grad_B.unsqueeze(-2).to(x.dtype, copy=True),
-        grad_C.unsqueeze(-2).to(x.dtype, copy=True),
+        grad_B,
+        grad_C,
         None if call.D is None else grad_D.squeeze(-1).clone(),
-        grad_weight.contiguous() if low_rank else None,
+        weights.sum(0)[..., :rank].contiguous() if low_rank else None,
         None if call.dt_bias is None else grad_bias.squeeze(-1).clone(),
         grad_initial,
     )
