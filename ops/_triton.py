@@ -54,24 +54,25 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self._known: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
     def __call__(
         self, name: str, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: Mapping[str, Any]
     ) -> None:
-        """Launch ``kernel[grid](*arguments, **meta)``; a ``name`` stands for one kernel and one ``meta``.
+        """Launch ``kernel[grid](*arguments, **meta)``; a ``name`` stands for one kernel, grid and ``meta``.
 
         ``meta`` has the kernel's compile-time arguments, of which it takes those that it knows, and options of Triton.
         """
-        if name not in self._compiled:
-            constants = {constant: meta[constant] for constant in kernel.arg_names[len(arguments) :]}
-            options = {option: meta[option] for option in ("num_warps", "num_stages", "maxnreg") if option in meta}
-            compiled = kernel[grid](*arguments, **constants, **options)
-            if compiled is not None:  # the interpreter compiles nothing
-                self._compiled[name] = compiled, tuple(constants.values())
+        known = self._known.get(name)
+        if known is not None:
+            run, constants = known
+            run(*arguments, *constants)
             return
-        compiled, constants = self._compiled[name]
-        compiled[grid](*arguments, *constants)
+        constants = tuple(meta[constant] for constant in kernel.arg_names[len(arguments) :])
+        options = {option: meta[option] for option in ("num_warps", "num_stages") if option in meta}
+        compiled = kernel[grid](*arguments, *constants, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._known[name] = compiled[grid], constants
 
 
 def facts(tensor: torch.Tensor | None) -> object:

@@ -230,13 +230,12 @@ def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(p_grow, b, m_t, more, WIDTH: tl.constexpr):
+def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
     """Write columns of b [., 32] as packed rows, or with ``more`` add them to what is there."""
     o_r = tl.arange(0, b.shape[0])
     m_r = m_t[:, None] & (o_r < WIDTH)[None, :]
     p_r = p_grow[:, None] + o_r[None, :]
-    b = tl.trans(b) * _LN2 + tl.load(p_r, mask=m_r & more, other=0.0)
-    tl.store(p_r, b, mask=m_r)
+    tl.store(p_r, (tl.trans(b) * _LN2).to(p_grow.dtype.element_ty), mask=m_r)
 
 
 @triton.jit
@@ -256,7 +255,7 @@ def selective_scan_bwd_kernel(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_states, p_entries, p_tiles, p_adjoints, p_sums,
     p_before, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, blocks, images,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
@@ -288,157 +287,153 @@ def selective_scan_bwd_kernel(
     o_pathf = o_b * n_routes + k_f
     o_pathr = o_b * n_routes + k_r
     o_last = tl.minimum((o_segment + 1) * segment_tiles // (CHUNK // STEPS), slots - 1) - 1
-    for block in range(blocks):
-        i_block = tl.program_id(0) * blocks + block
-        o_c, o_sc = _channels(i_block, BC)
-        m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
-        m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
-        o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - i_block * BC
-        p_slot = p_scratch + i_program * (4 * N * 4 * BC) + o_slot  # q of the forward route, h of the other, both gA
-        p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
-        p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
-        p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
-        p_entryf = p_entries + ((o_pathf * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
-        p_entryr = p_entries + ((o_pathr * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
-        o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
-        o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
-        b_D = tl.zeros((BC,), dtype=tl.float32)
-        if FORWARD:
-            b_D += tl.load(p_D + o_ef, mask=m_c, other=0.0)
+    o_c, o_sc = _channels(tl.program_id(0), BC)
+    m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
+    m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
+    o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - tl.program_id(0) * BC
+    p_slot = p_scratch + i_program * (4 * N * 4 * BC) + o_slot  # q of the forward route, h of the other, both gA
+    p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
+    p_entryf = p_entries + ((o_pathf * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
+    p_entryr = p_entries + ((o_pathr * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
+    o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+    o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+    b_D = tl.zeros((BC,), dtype=tl.float32)
+    if FORWARD:
+        b_D += tl.load(p_D + o_ef, mask=m_c, other=0.0)
+    if REVERSED:
+        b_D += tl.load(p_D + o_er, mask=m_c, other=0.0)
+    b_q = tl.zeros((BC, 4), dtype=tl.float32)
+    b_h = tl.zeros((BC, 4), dtype=tl.float32)
+    b_entry = tl.zeros((BC, 4), dtype=tl.float32)
+    b_gAf = tl.zeros((BC, 4), dtype=tl.float32)
+    b_gAr = tl.zeros((BC, 4), dtype=tl.float32)
+    for n in range(N):
+        if FORWARD and ENTRY:
+            b_q = _load_state(p_entryf + n * dim, m_state, BC)
         if REVERSED:
-            b_D += tl.load(p_D + o_er, mask=m_c, other=0.0)
-        b_q = tl.zeros((BC, 4), dtype=tl.float32)
-        b_h = tl.zeros((BC, 4), dtype=tl.float32)
-        b_entry = tl.zeros((BC, 4), dtype=tl.float32)
-        b_gAf = tl.zeros((BC, 4), dtype=tl.float32)
-        b_gAr = tl.zeros((BC, 4), dtype=tl.float32)
-        for n in range(N):
-            if FORWARD and ENTRY:
-                b_q = _load_state(p_entryf + n * dim, m_state, BC)
-            if REVERSED:
-                p_state = p_states + ((o_pathr * slots + o_last) * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
-                b_h = _load_state(p_state, m_state, BC) * _LOG2E
-                if TWO_LEVEL:
-                    b_entry = _load_state(p_entryr + n * dim, m_state, BC)
-            if N > 1:
-                _store_state(p_slot + n * (4 * BC), b_q, m_state, BC)
-                _store_state(p_slot + (N + n) * (4 * BC), b_h, m_state, BC)
-                _store_state(p_slot + (2 * N + n) * (4 * BC), b_gAf, m_state, BC)
-                _store_state(p_slot + (3 * N + n) * (4 * BC), b_gAr, m_state, BC)
-        b_gD = tl.zeros((BC, 4), dtype=tl.float32)
-        b_gbiasf = tl.zeros((BC, 4), dtype=tl.float32)
-        b_gbiasr = tl.zeros((BC, 4), dtype=tl.float32)
-        b_gwf = tl.zeros((BC, BR), dtype=tl.float32)
-        b_gwr = tl.zeros((BC, BR), dtype=tl.float32)
-        o_param = tl.program_id(1).to(tl.int64) * n_routes * dim
-        o_gw = o_c[:, None] * BR + tl.arange(0, BR)[None, :]
-        p_gwf = p_gweight + (o_param + k_f * dim) * BR + o_gw
-        p_gwr = p_gweight + (o_param + k_r * dim) * BR + o_gw
-        for step in range(segment_tiles):
-            tile = segment_tiles - 1 - step
-            o_nb, o_np, m_t = _locate_columns(
-                p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX
-            )
-            o_mb, o_mp, o_map, m_map = _locate_map(
-                p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
-            )
-            b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
-            b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
-            b_sum = tl.zeros((BC, 4), dtype=tl.float32)
-            if FORWARD:
-                b_hf = _load_state(p_tile + tile * N * dim, m_state, BC)
-            if REVERSED:
-                b_qr = _load_state(p_adjoint + tile * N * dim, m_state, BC)
-                if TWO_LEVEL:
-                    b_sum = _load_state(p_sum + tile * dim, m_state, BC)
-                    b_qr += tl.exp2(b_sum * b_Ar[:, None]) * b_entry
-            b_gD += _sum_time(b_gy * b_x, BC)
-            b_gx = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
-            # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
-            o_grow = ((tl.program_id(0).to(INDEX) * images + o_nb) * length + o_np) * n_routes
-            if FORWARD:
-                b_rows, b_bc, b_s = _load_route(
-                    p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
-                    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                    N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
-                )  # fmt: skip
-                b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
-                    p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
-                    b_sum, b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                    N, BC, BR, BN, RANK, STEPS, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
-                )  # fmt: skip
-                b_gbiasf += _sum_time(b_gs, BC)
-                p_grow = p_grows + (o_grow + k_f) * ROW
-                if LOW_RANK:
-                    if BR > 16:
-                        b_gwf = tl.load(p_gwf, mask=m_c[:, None] & (step > 0), other=0.0)
-                    b_gwf = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwf, input_precision=PRECISION)
-                    if BR > 16:
-                        tl.store(p_gwf, b_gwf, mask=m_c[:, None])
-                else:
-                    o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_f) * dim
-                    p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
-                    tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
-                if N == 1:
-                    _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
-                else:
-                    _store_rows(p_grow + RANK, b_gbc, m_t, block > 0, 2 * N)
-                    if LOW_RANK:
-                        _store_rows(p_grow, b_low, m_t, block > 0, RANK)
-            if REVERSED:
-                b_rows, b_bc, b_s = _load_route(
-                    p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
-                    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                    N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
-                )  # fmt: skip
-                b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
-                    p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),
-                    p_slot + 3 * N * (4 * BC), p_entryr,
-                    b_sum, b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                    N, BC, BR, BN, RANK, STEPS, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
-                )  # fmt: skip
-                b_gbiasr += _sum_time(b_gs, BC)
-                p_grow = p_grows + (o_grow + k_r) * ROW
-                if LOW_RANK:
-                    if BR > 16:
-                        b_gwr = tl.load(p_gwr, mask=m_c[:, None] & (step > 0), other=0.0)
-                    b_gwr = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwr, input_precision=PRECISION)
-                    if BR > 16:
-                        tl.store(p_gwr, b_gwr, mask=m_c[:, None])
-                else:
-                    o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_r) * dim
-                    p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
-                    tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
-                if N == 1:
-                    _store_rows(p_grow, b_low, m_t, block > 0, RANK + 2)
-                else:
-                    _store_rows(p_grow + RANK, b_gbc, m_t, block > 0, 2 * N)
-                    if LOW_RANK:
-                        _store_rows(p_grow, b_low, m_t, block > 0, RANK)
-            b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
-            if ADD:
-                b_gx += _load_tile(p_before, o_map, m_map, BC, STEPS)
-            tl.store(p_gx + o_map, _to_map(b_gx, BC, STEPS).to(p_gx.dtype.element_ty), mask=m_map)
+            p_state = p_states + ((o_pathr * slots + o_last) * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
+            b_h = _load_state(p_state, m_state, BC) * _LOG2E
+            if TWO_LEVEL:
+                b_entry = _load_state(p_entryr + n * dim, m_state, BC)
+        if N > 1:
+            _store_state(p_slot + n * (4 * BC), b_q, m_state, BC)
+            _store_state(p_slot + (N + n) * (4 * BC), b_h, m_state, BC)
+            _store_state(p_slot + (2 * N + n) * (4 * BC), b_gAf, m_state, BC)
+            _store_state(p_slot + (3 * N + n) * (4 * BC), b_gAr, m_state, BC)
+    b_gD = tl.zeros((BC, 4), dtype=tl.float32)
+    b_gbiasf = tl.zeros((BC, 4), dtype=tl.float32)
+    b_gbiasr = tl.zeros((BC, 4), dtype=tl.float32)
+    b_gwf = tl.zeros((BC, BR), dtype=tl.float32)
+    b_gwr = tl.zeros((BC, BR), dtype=tl.float32)
+    o_param = tl.program_id(1).to(tl.int64) * n_routes * dim
+    o_gw = o_c[:, None] * BR + tl.arange(0, BR)[None, :]
+    p_gwf = p_gweight + (o_param + k_f * dim) * BR + o_gw
+    p_gwr = p_gweight + (o_param + k_r * dim) * BR + o_gw
+    for step in range(segment_tiles):
+        tile = segment_tiles - 1 - step
+        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
+        o_mb, o_mp, o_map, m_map = _locate_map(
+            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+        )
+        b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
+        b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
+        b_sum = tl.zeros((BC, 4), dtype=tl.float32)
         if FORWARD:
-            _store_parameters(
-                p_gparams + (o_param + k_f * dim) * (N + 2), b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
-                o_c, m_c, m_state, N, BC,
-            )  # fmt: skip
-            if LOW_RANK and BR == 16:
-                tl.store(p_gwf, b_gwf, mask=m_c[:, None])
-            if KEEP_INITIAL and not TWO_LEVEL:
-                for n in range(N):
-                    if N > 1:
-                        b_q = _load_state(p_slot + n * (4 * BC), m_state, BC)
-                    p_first = p_ginitial + (o_pathf * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
-                    _store_state(p_first, b_q, m_state, BC)
+            b_hf = _load_state(p_tile + tile * N * dim, m_state, BC)
         if REVERSED:
-            _store_parameters(
-                p_gparams + (o_param + k_r * dim) * (N + 2), b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
-                o_c, m_c, m_state, N, BC,
+            b_qr = _load_state(p_adjoint + tile * N * dim, m_state, BC)
+            if TWO_LEVEL:
+                b_sum = _load_state(p_sum + tile * dim, m_state, BC)
+                b_qr += tl.exp2(b_sum * b_Ar[:, None]) * b_entry
+        b_gD += _sum_time(b_gy * b_x, BC)
+        b_gx = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
+        # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
+        o_grow = ((tl.program_id(0).to(INDEX) * images + o_nb) * length + o_np) * n_routes
+        if FORWARD:
+            b_rows, b_bc, b_s = _load_route(
+                p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
+                stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
             )  # fmt: skip
-            if LOW_RANK and BR == 16:
-                tl.store(p_gwr, b_gwr, mask=m_c[:, None])
+            b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
+                p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
+                b_sum, b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
+                N, BC, BR, BN, RANK, STEPS, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+            )  # fmt: skip
+            b_gbiasf += _sum_time(b_gs, BC)
+            p_grow = p_grows + (o_grow + k_f) * ROW
+            if LOW_RANK:
+                if BR > 16:
+                    b_gwf = tl.load(p_gwf, mask=m_c[:, None] & (step > 0), other=0.0)
+                b_gwf = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwf, input_precision=PRECISION)
+                if BR > 16:
+                    tl.store(p_gwf, b_gwf, mask=m_c[:, None])
+            else:
+                o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_f) * dim
+                p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
+                tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
+            if N == 1:
+                _store_rows(p_grow, b_low, m_t, RANK + 2)
+            else:
+                _store_rows(p_grow + RANK, b_gbc, m_t, 2 * N)
+                if LOW_RANK:
+                    _store_rows(p_grow, b_low, m_t, RANK)
+        if REVERSED:
+            b_rows, b_bc, b_s = _load_route(
+                p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
+                stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+            )  # fmt: skip
+            b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
+                p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),
+                p_slot + 3 * N * (4 * BC), p_entryr,
+                b_sum, b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
+                N, BC, BR, BN, RANK, STEPS, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+            )  # fmt: skip
+            b_gbiasr += _sum_time(b_gs, BC)
+            p_grow = p_grows + (o_grow + k_r) * ROW
+            if LOW_RANK:
+                if BR > 16:
+                    b_gwr = tl.load(p_gwr, mask=m_c[:, None] & (step > 0), other=0.0)
+                b_gwr = tl.dot(b_gs.to(DOT), tl.trans(b_rows).to(DOT), acc=b_gwr, input_precision=PRECISION)
+                if BR > 16:
+                    tl.store(p_gwr, b_gwr, mask=m_c[:, None])
+            else:
+                o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_r) * dim
+                p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
+                tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
+            if N == 1:
+                _store_rows(p_grow, b_low, m_t, RANK + 2)
+            else:
+                _store_rows(p_grow + RANK, b_gbc, m_t, 2 * N)
+                if LOW_RANK:
+                    _store_rows(p_grow, b_low, m_t, RANK)
+        b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
+        if ADD:
+            b_gx += _load_tile(p_before, o_map, m_map, BC, STEPS)
+        tl.store(p_gx + o_map, _to_map(b_gx, BC, STEPS).to(p_gx.dtype.element_ty), mask=m_map)
+    if FORWARD:
+        _store_parameters(
+            p_gparams + (o_param + k_f * dim) * (N + 2), b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
+            o_c, m_c, m_state, N, BC,
+        )  # fmt: skip
+        if LOW_RANK and BR == 16:
+            tl.store(p_gwf, b_gwf, mask=m_c[:, None])
+        if KEEP_INITIAL and not TWO_LEVEL:
+            for n in range(N):
+                if N > 1:
+                    b_q = _load_state(p_slot + n * (4 * BC), m_state, BC)
+                p_first = p_ginitial + (o_pathf * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
+                _store_state(p_first, b_q, m_state, BC)
+    if REVERSED:
+        _store_parameters(
+            p_gparams + (o_param + k_r * dim) * (N + 2), b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
+            o_c, m_c, m_state, N, BC,
+        )  # fmt: skip
+        if LOW_RANK and BR == 16:
+            tl.store(p_gwr, b_gwr, mask=m_c[:, None])
 
 
 @_kernel
@@ -456,7 +451,7 @@ def selective_scan_bwd_kernel_rows(
     p_row = p_grows + (o_t * ROW)[:, None] + o_w[None, :]
     b = tl.zeros((BT, BW), dtype=tl.float32)
     for _ in range(programs):
-        b += tl.load(p_row, mask=m_t & (o_w < ROW)[None, :], other=0.0)
+        b += tl.load(p_row, mask=m_t & (o_w < ROW)[None, :], other=0.0).to(tl.float32)
         p_row += rows.to(tl.int64) * ROW
     b = b.to(p_gB.dtype.element_ty)
     tl.store(p_gdt + (o_t * RANK)[:, None] + o_w[None, :], b, mask=m_t & (o_w < RANK)[None, :])

@@ -66,8 +66,10 @@ class _Config(NamedTuple):
 
 _CONFIGS = {
     ("forward", "one state"): _Config(block=16, steps=8, waves=64, stages=3),
+    ("forward", "one state, long rows"): _Config(block=16, steps=8, waves=64, stages=3),
     ("forward", "many states"): _Config(block=16, steps=8, waves=16, stages=1),
-    ("backward", "one state"): _Config(block=16, steps=4, waves=64, stages=1),
+    ("backward", "one state"): _Config(block=16, steps=8, waves=64, stages=1),
+    ("backward", "one state, long rows"): _Config(block=16, steps=4, waves=64, stages=1),
     ("backward", "many states"): _Config(block=16, steps=4, waves=16, stages=1),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
@@ -82,8 +84,12 @@ _CANDIDATES = [
 
 
 def _config(which: str, call: ScanCall, run: Callable[[_Config], object]) -> _Config:
-    default = _CONFIGS[which, "one state" if call.A.shape[-1] == 1 else "many states"]
     rank = 0 if call.dt_weight is None else call.dt.shape[-1]
+    if call.A.shape[-1] > 1:
+        kind = "many states"
+    else:
+        kind = "one state" if rank + 2 <= 16 else "one state, long rows"
+    default = _CONFIGS[which, kind]
     key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank, call.x.dtype)
     return _triton.tuned(key, call.x, _CANDIDATES, default, run)
 
@@ -141,7 +147,6 @@ class _Plan(NamedTuple):
     segments: int
     tiles: int
     grid: tuple[int, int]
-    channel_blocks: int  # that a program of the gradient pass walks one after another
     packed: bool
     sizes: tuple[int, ...]  # n_lanes to n_routes of every kernel's arguments
     meta: dict[str, Any]
@@ -220,7 +225,6 @@ def _make_plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
     }
     groups = _groups(call.routes)
     row_strides = (stride // align for stride in _strides(inputs.rows))
-    programs = max(1, config.waves // 2 * _triton.multiprocessor_count(call.x.device) // lane_programs)
     return _Plan(
         groups=groups,
         batches=_batches(groups, 2 if state == 1 else 1),
@@ -229,7 +233,6 @@ def _make_plan(call: ScanCall, inputs: _Inputs, config: _Config) -> _Plan:
         segments=segments,
         tiles=segments * segment_tiles,
         grid=(blocks, lane_programs),
-        channel_blocks=triton.cdiv(blocks, min(blocks, programs)),
         packed=inputs.packed,
         sizes=(
             lanes,
@@ -470,14 +473,15 @@ def _backward(
     batch, height, width, dim = x.shape
     n_routes, state, rank = len(call.routes), meta["N"], meta["RANK"]
     blocks, lane_programs = plan.grid
-    channel_programs = triton.cdiv(blocks, plan.channel_blocks)
     low_rank = call.dt_weight is not None
 
     grad_x = torch.empty_like(x)
     partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
     grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
-    row = 4 * triton.cdiv(rank + 2 * state, 4)  # rows that can be written 16 bytes wide
-    rows = _scratch(x, channel_programs, batch * height * width * n_routes, row)
+    row = 8 * triton.cdiv(rank + 2 * state, 8)  # rows that can be written 16 bytes wide
+    # One partial sum a channel block. bfloat16 where the sum becomes 16 bits wide anyway: half the bytes.
+    rows_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    rows = x.new_empty((blocks, batch * height * width * n_routes, row), dtype=rows_dtype)
     params = _scratch(x, lane_programs, n_routes, dim, state + 2)
     weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else x
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
@@ -516,11 +520,11 @@ def _backward(
                 plan.launch(
                     f"gradients {first + i}",
                     selective_scan_bwd_kernel,
-                    (channel_programs, lane_programs, 1),
+                    (*plan.grid, 1),
                     (
                         *shared, inputs.D, plan.paths[first + i], states, entries, state_tiles[i], between.tiles[i],
                         between.sums[i], target if before is None else before, target, grad_dt, rows, weights, params,
-                        initial, waiting, *plan.sizes, _pack_routes([group]), plan.channel_blocks, batch,
+                        initial, waiting, *plan.sizes, _pack_routes([group]), batch,
                     ),
                     {
                         **meta, **directions, "ENTRY": plan.two_level or has_given, "ADD": before is not None,
@@ -532,7 +536,7 @@ def _backward(
             "rows",
             selective_scan_bwd_kernel_rows,
             (triton.cdiv(rows.shape[1], 32), 1, 1),
-            (rows, grad_dt, grad_B, grad_C, rows.shape[1], channel_programs),
+            (rows, grad_dt, grad_B, grad_C, rows.shape[1], blocks),
             {"N": state, "RANK": rank, "ROW": row, "BT": 32, "BW": triton.next_power_of_2(row), "num_warps": 4},
         )
     grad_A, grad_D, grad_bias = params.sum(0).split([state, 1, 1], dim=-1)
