@@ -6,7 +6,10 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,12 +40,53 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@cache
 def multiprocessor_count(device: torch.device) -> int:
     """Number of multiprocessors of a CUDA GPU; elsewhere 8, so that a large scan is cut into segments there too."""
+    return _multiprocessor_count(_ahead.device or device)
+
+
+@cache
+def _multiprocessor_count(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 8
+
+
+class _Ahead(threading.local):
+    device: torch.device | None = None
+
+
+_ahead = _Ahead()
+_jobs: dict[object, Future[None]] = {}
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="subquad-compile")
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Inside, launchers made on this thread launch nothing: they start to compile, for ``device``, in the background.
+
+    A pass that runs inside on meta tensors so has all of its kernels compiled at once, and while an earlier pass runs.
+    """
+    _ahead.device = device
+    try:
+        yield
+    finally:
+        _ahead.device = None
+
+
+def is_compiling_ahead() -> bool:
+    return _ahead.device is not None
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device
+) -> None:
+    with torch.cuda.device(device):
+        kernel.warmup(*arguments, grid=grid, **options)
 
 
 class Launcher:
@@ -55,6 +99,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self._device = _ahead.device
 
     def __call__(
         self, name: str, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: Mapping[str, Any]
@@ -70,6 +115,15 @@ class Launcher:
             return
         constants = tuple(meta[constant] for constant in kernel.arg_names[len(arguments) :])
         options = {option: meta[option] for option in ("num_warps", "num_stages") if option in meta}
+        job = (kernel.__name__, self._device, constants, *options.values())
+        if self._device is not None:
+            if job not in _jobs:
+                types = [value.dtype if isinstance(value, torch.Tensor) else value for value in arguments]
+                _jobs[job] = _compilers().submit(_compile, kernel, grid, (*types, *constants), options, self._device)
+            return
+        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+        if (running := _jobs.get((kernel.__name__, device, *job[2:]))) is not None:
+            wait([running])  # and compile here what it could not
         compiled = kernel[grid](*arguments, *constants, **options)
         if compiled is not None:  # the interpreter compiles nothing
             self._known[name] = compiled[grid], constants

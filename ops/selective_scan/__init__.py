@@ -28,7 +28,7 @@ from torch import Tensor
 from subquad.ops import _checks, _dispatch, _library
 from subquad.ops.selective_scan import reference
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
-from subquad.ops.selective_scan.routes import CROSS, ROUTES, TABLE, route_codes
+from subquad.ops.selective_scan.routes import CROSS, ROUTES, route_codes
 
 __all__ = ["CHUNK", "CROSS", "ROUTES", "ScanCall", "selective_scan"]
 
@@ -345,8 +345,6 @@ def _why_not_triton(call: ScanCall) -> str | None:
         return "empty batch"
     if call.B.shape[-2] != 1:
         return f"{call.B.shape[-2]} groups of channels, the kernels have one"
-    if TABLE in call.routes:
-        return "an index table of routes, the kernels address rows and columns"
     return None
 
 

@@ -95,7 +95,7 @@ def selective_scan_bwd_kernel_states(
         b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
         if FORWARD:
             b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
@@ -110,7 +110,7 @@ def selective_scan_bwd_kernel_states(
                 _store_state(p_tile + (tile * N + n) * dim, b_h, m_state, BC)
                 b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
                 b_a = tl.exp2(b_d * b_Af[:, None])
-                b_hs, b_h = _recur(b_h, b_a, b_dx * b_B, BC)
+                _b_hs, b_h = _recur(b_h, b_a, b_dx * b_B, BC)
                 if TWO_LEVEL:
                     b_qf = _collect(b_qf, tl.exp2(b_sumf * b_Af[:, None]), b_a, b_gy * b_C, BC)
                 if N > 1:
@@ -119,7 +119,7 @@ def selective_scan_bwd_kernel_states(
             if TWO_LEVEL:
                 b_sumf += _sum_time(b_d, BC)
         if REVERSED:
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
@@ -134,7 +134,7 @@ def selective_scan_bwd_kernel_states(
                     b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
                 _store_state(p_adjoint + (tile * N + n) * dim, b_qr, m_state, BC)
                 b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
-                b_g, b_qr = _adjoint_reversed(b_qr, tl.exp2(b_d * b_Ar[:, None]), b_gy * b_C, BC)
+                _b_g, b_qr = _adjoint_reversed(b_qr, tl.exp2(b_d * b_Ar[:, None]), b_gy * b_C, BC)
                 if N > 1:
                     _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
     if TWO_LEVEL:
@@ -167,8 +167,8 @@ def _route_gradients(
     p_A, o_e, m_c, m_state, p_in, p_carry, p_gA, p_entry, b_sum, b_A, b_in, b_carry, b_gA,
     b_w, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr,
-    STEPS: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    STEPS: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile's share of one route's gradients.
 
@@ -255,10 +255,10 @@ def selective_scan_bwd_kernel(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_states, p_entries, p_tiles, p_adjoints, p_sums,
     p_before, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images, add,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
-    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr,
@@ -275,8 +275,8 @@ def selective_scan_bwd_kernel(
     route's adjoint state and the reversed route's state; the other two enter each tile from ``p_tiles`` and
     ``p_adjoints``. With N > 1 both, and the sums of gA, wait in ``p_scratch`` (L1) between tiles.
     Sums over channels go to ``p_grows`` ([grid 0, B, L, K, ROW]: gdt, gB, gC), sums over lanes to ``p_gparams``
-    ([grid 1, K, E, N + 2]: gA, gD, gbias) and ``p_gweight`` ([grid 1, K, E, BR], where it also waits between tiles if it
-    would take too many registers); all are added up outside, in a fixed order.
+    ([grid 1, K, E, N + 2]: gA, gD, gbias) and ``p_gweight`` ([grid 1, K, E, BR], where it also waits between tiles if
+    it would take too many registers); all are added up outside, in a fixed order.
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
@@ -411,8 +411,7 @@ def selective_scan_bwd_kernel(
                 if LOW_RANK:
                     _store_rows(p_grow, b_low, m_t, RANK)
         b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
-        if ADD:
-            b_gx += _load_tile(p_before, o_map, m_map, BC, STEPS)
+        b_gx += _load_tile(p_before, o_map, m_map & (tl.zeros(m_map.shape, tl.int32) < add), BC, STEPS)
         tl.store(p_gx + o_map, _to_map(b_gx, BC, STEPS).to(p_gx.dtype.element_ty), mask=m_map)
     if FORWARD:
         _store_parameters(

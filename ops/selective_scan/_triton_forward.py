@@ -82,7 +82,7 @@ def selective_scan_fwd_kernel_states(
         )
         b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         if REVERSED:
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
@@ -97,12 +97,12 @@ def selective_scan_fwd_kernel_states(
                     b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
                     b_hr = _load_state(p_slot + n * (4 * BC), m_state, BC)
                 _store_state(p_tile + (tile * N + n) * dim, b_hr, m_state, BC)
-                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
-                b_h, b_hr = _recur_reversed(b_hr, tl.exp2(b_d * b_Ar[:, None]), b_dx * b_B, BC)
+                b_B, _b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
+                _b_h, b_hr = _recur_reversed(b_hr, tl.exp2(b_d * b_Ar[:, None]), b_dx * b_B, BC)
                 if N > 1:
                     _store_state(p_slot + n * (4 * BC), b_hr, m_state, BC)
         if FORWARD and TWO_LEVEL:
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
@@ -113,7 +113,7 @@ def selective_scan_fwd_kernel_states(
                 if N > 1:
                     b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
                     b_hf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
-                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
+                b_B, _b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
                 b_rest = tl.exp2(b_sumf * b_Af[:, None])
                 b_hf = _collect_reversed(b_hf, b_rest, tl.exp2(b_d * b_Af[:, None]), b_dx * b_B, BC)
                 if N > 1:
@@ -149,10 +149,10 @@ def selective_scan_fwd_kernel(
     p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_entries, p_tiles, p_sums, p_states, p_before, p_y,
     p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, add,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
-    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr, ADD: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def selective_scan_fwd_kernel(
 
     Grid (E / BC, lanes / 4), one warp, walked from the path's start. The forward route's state stays on chip; the
     reversed route enters each tile with the state that ``selective_scan_fwd_kernel_states`` left. So x is read once and
-    y written once, plus what earlier groups left in ``p_before`` (ADD). Saves the states at chunk
+    y written once, plus what earlier groups left in ``p_before`` (``add``). Saves the states at chunk
     entries (every CHUNK steps). All arithmetic is fp32.
     """
     k_f = _route(routes, 0)
@@ -211,10 +211,9 @@ def selective_scan_fwd_kernel(
             if TWO_LEVEL:
                 b_sumr = _load_state(p_sum + tile * dim, m_state, BC)
                 b_hr += tl.exp2(b_sumr * b_Ar[:, None]) * b_er
-        if ADD:
-            b_y = _load_tile(p_before, o_map, m_map, BC, STEPS) + b_x * b_D[:, None]
-        else:
-            b_y = b_x * b_D[:, None]
+        b_y = (
+            _load_tile(p_before, o_map, m_map & (tl.zeros(m_map.shape, tl.int32) < add), BC, STEPS) + b_x * b_D[:, None]
+        )
         b_sum = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
         if FORWARD:
             if tile % (CHUNK // STEPS) == 0:
@@ -224,7 +223,7 @@ def selective_scan_fwd_kernel(
                     if N > 1:
                         b_hf = _load_state(p_slot + n * (4 * BC), m_state, BC)
                     _store_state(p_statef + (o_chunk * dim * N + n)[:, None, None], b_hf * _LN2, m_save, BC)
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
@@ -243,7 +242,7 @@ def selective_scan_fwd_kernel(
         if REVERSED:
             o_chunk = (o_segment * segment_tiles + tile) // (CHUNK // STEPS)
             m_save = m_state & (o_chunk < slots - 1)[:, None, None] & (tile % (CHUNK // STEPS) == CHUNK // STEPS - 1)
-            b_rows, b_bc, b_s = _load_route(
+            _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
                 N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 
 class Case(NamedTuple):
     shape: tuple[int, int, int, int]
-    routes: Sequence[str] = CROSS
+    routes: Sequence[str] | Tensor = CROSS
     state: int = 1
     rank: int | None = 2
     options: bool = True
@@ -47,7 +47,11 @@ SMALL = {
     "full-rank steps": Case((2, 4, 6, 10), rank=None),
     "one pixel": Case((1, 1, 1, 5)),
     "one row, repeated route": Case((1, 1, 130, 8), ("row", "row_reversed", "row"), options=False),
+    "batches of routes": Case((1, 9, 15, 5), ("row", "row_reversed", "column", "row"), last_state=True),
     "steps without softplus": Case((1, 4, 5, 8), ("column", "row"), softplus=False, options=False),
+    "index table": Case(
+        (2, 5, 14, 8), torch.stack([torch.randperm(70, generator=torch.Generator()) for _ in range(3)])
+    ),
     "16-bit output": Case((1, 5, 7, 8), out=torch.float16),
     "16-bit output, forward routes": Case((1, 5, 7, 8), ("row", "column"), out=torch.float16),
 }
@@ -98,7 +102,7 @@ def run(case: Case, arguments: dict[str, Tensor], dtype: torch.dtype, backend: s
     with ops.use_backend(backend):
         y, state = ops.selective_scan(
             **leaves,
-            routes=case.routes,
+            routes=case.routes.to(device) if isinstance(case.routes, Tensor) else case.routes,
             dt_softplus=case.softplus,
             out_dtype=torch.float64 if dtype == torch.float64 else case.out,
             return_last_state=True,
@@ -201,6 +205,38 @@ def test_gpu_forward_is_bitwise_reproducible() -> None:
         arguments[name] = arguments[name].bfloat16()
     first, second = (ops.selective_scan(**arguments, routes=CROSS, out_dtype=torch.float32) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_of_aligned_tensors_are_not_taken_for_others() -> None:
+    """Compiled kernels are kept by shape class; where a tensor starts is part of it."""
+    arguments = {name: value.cuda() for name, value in inputs(SMALL["cross several chunks"], torch.float32).items()}
+    expected = ops.selective_scan(**arguments, routes=CROSS)
+    arguments = {name: value.float() for name, value in arguments.items()}
+    aligned = ops.selective_scan(**arguments, routes=CROSS)
+    for name, value in arguments.items():
+        arguments[name] = torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
+    shifted = ops.selective_scan(**arguments, routes=CROSS)
+    torch.testing.assert_close(aligned.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(aligned, shifted)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture_of_a_first_call() -> None:
+    """Nothing that a capture fills is kept for later calls."""
+    arguments = {name: value.float().cuda() for name, value in inputs(SMALL["cross"], torch.float32).items()}
+    with torch.no_grad():
+        expected = ops.selective_scan(**arguments, routes=CROSS)  # compiles the kernels
+        wide = {
+            name: value.repeat(2, *[1] * (value.dim() - 1)) if name in ("x", "dt", "B", "C") else value
+            for name, value in arguments.items()
+        }
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.selective_scan(**arguments, routes=CROSS)
+        graph.replay()
+        torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+        assert torch.equal(ops.selective_scan(**wide, routes=CROSS)[:2], expected)
 
 
 @pytest.mark.gpu

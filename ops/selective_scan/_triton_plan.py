@@ -1,0 +1,325 @@
+"""How a scan is laid out for the Triton kernels: groups of routes, segments, launch choices, and inputs as read.
+
+See triton_impl.py for the design.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.ops import _triton
+from subquad.ops.selective_scan.call import CHUNK, ScanCall
+from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
+
+_MOST_PLANS = 256
+LANES = 4
+
+
+class Config(NamedTuple):
+    """Launch choices of a pass for a shape class.
+
+    Attributes:
+        block: channels of a program, 16 or 32.
+        steps: steps of a tile, 4 or 8.
+        waves: programs wanted for each multiprocessor; a scan with fewer is cut into segments.
+        stages: tiles whose rows are on their way at once.
+    """
+
+    block: int
+    steps: int
+    waves: int
+    stages: int
+
+
+_CONFIGS = {
+    ("forward", "one state"): Config(block=16, steps=8, waves=64, stages=3),
+    ("forward", "one state, long rows"): Config(block=16, steps=8, waves=64, stages=3),
+    ("forward", "many states"): Config(block=16, steps=8, waves=16, stages=1),
+    ("backward", "one state"): Config(block=16, steps=8, waves=64, stages=1),
+    ("backward", "one state, long rows"): Config(block=16, steps=4, waves=64, stages=1),
+    ("backward", "many states"): Config(block=16, steps=4, waves=16, stages=1),
+}
+"""The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
+
+_CANDIDATES = [
+    Config(block, steps, waves, stages)
+    for block in (16, 32)
+    for steps in (4, 8)
+    for waves in (16, 32, 64)
+    for stages in (1, 3)
+]
+
+
+def default_config(which: str, call: ScanCall) -> Config:
+    rank = 0 if call.dt_weight is None else call.dt.shape[-1]
+    if call.A.shape[-1] > 1:
+        return _CONFIGS[which, "many states"]
+    return _CONFIGS[which, "one state" if rank + 2 <= 16 else "one state, long rows"]
+
+
+def config_for(which: str, call: ScanCall, run: Callable[[Config], object]) -> Config:
+    rank = 0 if call.dt_weight is None else call.dt.shape[-1]
+    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank, call.x.dtype)
+    return _triton.tuned(key, call.x, _CANDIDATES, default_config(which, call), run)
+
+
+class Group(NamedTuple):
+    """Routes that visit the same pixels in opposite directions; -1 for an absent one."""
+
+    forward: int
+    reversed: int
+    code: int
+
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        return self.forward >= 0, self.reversed >= 0
+
+
+def _groups(codes: list[int]) -> list[Group]:
+    """Pair each route with a later one that walks the same path the other way round; tables stay alone."""
+    groups: list[Group] = []
+    for k, code in enumerate(codes):
+        path, field = code & ~REVERSED, "reversed" if code & REVERSED else "forward"
+        for i, group in enumerate(groups):
+            if code != TABLE and group.code == path and getattr(group, field) < 0:
+                groups[i] = group._replace(**{field: k})
+                break
+        else:
+            groups.append(Group(-1, -1, path)._replace(**{field: k}))
+    return groups
+
+
+def _paths(call: ScanCall, groups: list[Group]) -> Tensor:
+    """Row-major pixels along each group's path, walked forwards, int32 (groups, L).
+
+    Made anew for each call, in its stream: a table kept from a graph capture would be unfilled outside of the graph.
+    """
+    height, width = call.x.shape[1:3]
+    rows = torch.arange(height * width, dtype=torch.int32, device=call.x.device)
+    paths = []
+    for group in groups:
+        if group.code == TABLE:
+            assert call.table is not None
+            paths.append(call.table[group.forward])
+        else:
+            paths.append(rows.view(height, width).t().reshape(-1) if group.code & COLUMN else rows)
+    return torch.stack(paths)
+
+
+class Plan(NamedTuple):
+    """What all calls of one shape class share."""
+
+    groups: list[Group]
+    batches: list[list[Group]]
+    paths: Tensor
+    block: int
+    segments: int
+    tiles: int
+    grid: tuple[int, int]
+    packed: bool
+    sizes: tuple[int, ...]  # n_lanes to n_routes of every kernel's arguments
+    meta: dict[str, Any]
+    launch: _triton.Launcher
+
+    @property
+    def two_level(self) -> bool:
+        return self.segments > 1
+
+
+_plans: dict[object, Plan] = {}
+
+
+def plan_for(
+    which: str, call: ScanCall, inputs: Inputs, config: Config, *more: Tensor | None, on_new: Callable[[], None]
+) -> Plan:
+    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+
+    Args:
+        which: "forward" or "backward".
+        more: tensors besides ``inputs`` that the kernels see.
+        on_new: called before the first launches of a shape class on a GPU.
+    """
+    key = (
+        which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype, inputs.packed,
+        *map(_triton.facts, (*inputs.tensors, call.initial_state, *more)),
+    )  # fmt: skip
+    if call.table is not None or _triton.is_compiling_ahead():
+        return _make_plan(call, inputs, config)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _make_plan(call, inputs, config)
+        # A table of pixels that a graph capture fills is not filled outside of the graph.
+        if not (call.x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            if call.x.is_cuda:
+                torch.cuda.current_stream(call.x.device).synchronize()  # other streams may read the table from now on
+                on_new()
+            _plans[key] = plan
+    return plan
+
+
+def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
+    batch, height, width, dim = call.x.shape
+    state, n_routes = call.A.shape[-1], len(call.routes)
+    length = height * width
+    chunks = triton.cdiv(length, CHUNK)
+    blocks = triton.cdiv(dim, config.block)
+    wanted = config.waves * _triton.multiprocessor_count(call.x.device)
+    segment_chunks = max(1, min(chunks, round(chunks * blocks * triton.cdiv(batch, LANES) / wanted)))
+    segments = triton.cdiv(chunks, segment_chunks)
+    segment_tiles = segment_chunks * CHUNK // config.steps
+    lanes = batch * segments
+    lane_programs = triton.cdiv(lanes, LANES)
+    rank = call.dt.shape[-1] if call.dt_weight is not None else 0
+    # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
+    largest = max(
+        batch * length * dim,
+        batch * length * n_routes * max(call.dt.shape[-1], blocks * (rank + 2 * state)),
+        batch * n_routes * (chunks + 1) * dim * state,
+        2 * batch * segments * segment_tiles * dim * state,
+        *map(_extent, inputs.tensors),
+    )
+    align = _alignment(inputs)
+    meta = {
+        "N": state,
+        "BC": config.block,
+        "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
+        "BN": max(16, triton.next_power_of_2(2 * state)),
+        "RANK": rank,
+        "ALIGN": align,
+        "STEPS": config.steps,
+        "CHUNK": CHUNK,
+        "TWO_LEVEL": segments > 1,
+        "LOW_RANK": call.dt_weight is not None,
+        "SOFTPLUS": call.dt_softplus,
+        "EVEN": lanes % LANES == 0 and segments * segment_chunks * CHUNK == length,
+        "EVEN_C": dim % config.block == 0,
+        "EXACT": call.x.dtype == torch.float32,
+        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
+        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
+        "num_warps": 1,
+        "num_stages": config.stages,
+    }
+    groups = _groups(call.routes)
+    row_strides = (stride // align for stride in _strides(inputs.rows))
+    return Plan(
+        groups=groups,
+        batches=_batches(groups, 2 if state == 1 else 1),
+        paths=_paths(call, groups),
+        block=config.block,
+        segments=segments,
+        tiles=segments * segment_tiles,
+        grid=(blocks, lane_programs),
+        packed=inputs.packed,
+        sizes=(
+            lanes,
+            length,
+            segments,
+            segment_tiles,
+            chunks + 1,
+            dim,
+            *_strides(inputs.dt),
+            *row_strides,
+            n_routes,
+        ),
+        meta=meta,
+        launch=_triton.Launcher(),
+    )
+
+
+def _batches(groups: list[Group], size: int) -> list[list[Group]]:
+    """Groups whose states are computed in one launch: up to ``size`` with the same directions."""
+    batches = []
+    for _, same in itertools.groupby(groups, key=lambda group: group.directions):
+        members = list(same)
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
+
+
+def pack_routes(groups: list[Group]) -> int:
+    """Route numbers in 7 bits each, as the kernels read them."""
+    numbers = [max(k, 0) for group in groups for k in (group.forward, group.reversed)]
+    return sum(k << (7 * i) for i, k in enumerate(numbers))
+
+
+class Inputs(NamedTuple):
+    """Inputs as the kernels take them: contiguous maps and parameters, zeros for absent vectors.
+
+    ``rows`` holds dt (if low-rank), B and C of a pixel and route as one row; with ``packed`` it is a copy.
+    """
+
+    x: Tensor
+    dt: Tensor
+    rows: Tensor
+    A: Tensor
+    D: Tensor
+    weight: Tensor
+    bias: Tensor
+    packed: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.x, self.dt, self.rows, self.A, self.D, self.weight, self.bias
+
+
+def kernel_inputs(call: ScanCall) -> Inputs:
+    A = call.A.contiguous()
+    zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
+    parts = (call.B, call.C) if call.dt_weight is None else (call.dt, call.B, call.C)
+    rows, packed = parts[0], not _are_rows(parts)
+    if packed:
+        rows = torch.cat([part.flatten(4) for part in parts], dim=-1)
+    return Inputs(
+        x=call.x.contiguous(),
+        dt=rows if call.dt_weight is not None else _with_rows(call.dt),
+        rows=rows,
+        A=A,
+        D=zeros if call.D is None else call.D.contiguous(),
+        weight=A if call.dt_weight is None else call.dt_weight.contiguous(),
+        bias=zeros if call.dt_bias is None else call.dt_bias.contiguous(),
+        packed=packed,
+    )
+
+
+def _are_rows(parts: Sequence[Tensor]) -> bool:
+    """Whether (B, H, W, K, ...) tensors are neighbouring columns of one tensor: the views of one projection."""
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        if part.stride(-1) != 1 or part.data_ptr() != end or part.stride()[:4] != first.stride()[:4]:
+            return False
+        end += part[0, 0, 0, 0].numel() * part.element_size()
+    return end - first.data_ptr() <= first.stride(3) * first.element_size() and _with_rows(first) is first
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` (B, H, W, K, ...), copied if a pixel's number does not lead to its address by one stride."""
+    if tensor.stride(-1) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != tensor.shape[2] * tensor.stride(2)):
+        return tensor.contiguous()
+    return tensor
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of an image, a pixel and a route of (B, H, W, K, ...)."""
+    return tensor.stride(0), tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1), tensor.stride(3)
+
+
+def _extent(tensor: Tensor) -> int:
+    """One past the largest offset; more than the number of elements for a strided view."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _alignment(inputs: Inputs) -> int:
+    """Elements (1, 2, 4 or 8) that every row's address is a multiple of, for wide loads."""
+    rows, align = inputs.rows, 8
+    while rows.data_ptr() % (align * rows.element_size()) or any(stride % align for stride in _strides(rows)):
+        align //= 2
+    return align
