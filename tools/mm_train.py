@@ -1,0 +1,199 @@
+"""``subquad mm_train``: train or test a detector or segmentor of OpenMMLab by config, on mmengine's Runner.
+
+    python -m subquad.tools.mm_train mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py
+    torchrun --nproc-per-node 8 -m subquad.tools.mm_train CONFIG --launcher pytorch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+
+from subquad import configs
+from subquad.tools.openmmlab import smoke
+
+with suppress(ImportError):  # only the command line reads the annotations, and it cannot run without tyro
+    from tyro.conf import Positional, arg
+
+_WARM_UP = 5  # iterations whose time does not count
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train or test a detector or segmentor of MMDetection or MMSegmentation, by config."""
+
+    config: Positional[str]
+    """A file, or the name of a config that comes with subquad: mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py."""
+    work_dir: Path | None = None
+    """Folder for logs and checkpoints. Default: work_dirs/NAME_OF_THE_CONFIG."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the work_dir."""
+    load_from: Path | None = None
+    """Start from the weights of a whole detector or segmentor: an official one, or of an earlier run."""
+    test: Path | None = None
+    """Only test these weights: an official checkpoint, or one of an earlier run."""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision, on a GPU."""
+    launcher: Literal["none", "pytorch", "slurm", "mpi"] = "none"
+    """How the processes were started; pytorch with torchrun."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the model."""
+    cfg_options: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Changes of the config, such as train_dataloader.batch_size=4."""
+    smoke: bool = False
+    """Try the config on made data with random weights: small images and few proposals, two iterations."""
+    full_size: bool = False
+    """With --smoke: keep the config's image sizes and proposals."""
+    iterations: int = 2
+    """With --smoke: how many."""
+
+
+class Summary(NamedTuple):
+    """Of a run.
+
+    Attributes:
+        work_dir: where logs and checkpoints are.
+        losses: of each iteration of a smoke run, empty otherwise.
+        metrics: of the last validation or of the test.
+        images_per_second: of a smoke run on all processes, NaN for fewer than six iterations.
+        peak_memory: largest allocation on the GPU in MiB, 0 without one.
+    """
+
+    work_dir: Path
+    losses: list[float]
+    metrics: dict[str, float]
+    images_per_second: float
+    peak_memory: float
+
+
+def run(options: Options) -> Summary:
+    """Read the config, check it, train or test; a smoke run prints losses, speed and memory.
+
+    Raises:
+        FileNotFoundError: no such config, checkpoint, annotation file or image.
+        ValueError: a config or data that cannot work; see ``subquad.heads.openmmlab.checks``.
+        FloatingPointError: a loss of a smoke run is not finite.
+    """
+    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine, before anything of mmdet is imported
+    from mmengine.registry import RUNNERS, init_default_scope
+    from mmengine.runner import Runner
+
+    _check(options)
+    cfg = load(options)
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    if options.smoke:
+        smoke.shrink(cfg, Path(cfg.work_dir) / "smoke", options.iterations, options.full_size)
+    _check_annotation_files(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if options.test is not None:
+        return Summary(Path(cfg.work_dir), [], runner.test(), math.nan, 0.0)
+    runner.train()
+    summary = _summary(runner, Path(cfg.work_dir), options.smoke)
+    if options.smoke:
+        _report(summary)
+    return summary
+
+
+def load(options: Options) -> Any:
+    """The config with what the options change, as ``mmengine.Config``."""
+    from mmengine.config import Config, DictAction
+
+    path = Path(options.config)
+    cfg = Config.fromfile(path if path.is_file() else configs.path(options.config))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
+    cfg.merge_from_dict(parser.parse_args(["--cfg-options", *options.cfg_options]).cfg_options)
+    cfg.work_dir = str(options.work_dir or cfg.get("work_dir") or Path("work_dirs") / path.stem)
+    cfg.launcher = options.launcher
+    cfg.resume = options.resume or cfg.get("resume", False)
+    weights = options.test or options.load_from
+    if weights is not None:
+        cfg.load_from = str(weights)
+    hooks = list(cfg.get("custom_hooks") or [])
+    if not any(hook["type"] == "SubquadChecks" for hook in hooks):
+        cfg.custom_hooks = [*hooks, {"type": "SubquadChecks"}]
+    if options.amp != "no":
+        # With a scale of 1 the scaler leaves bfloat16 alone, which needs none.
+        dtype, scale = ("bfloat16", 1.0) if options.amp == "bf16" else ("float16", "dynamic")
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype, loss_scale=scale)
+    if options.strategy == "fsdp":
+        cfg.runner_type = "FlexibleRunner"
+        cfg.strategy = {"type": "FSDPStrategy", "model_wrapper": {"use_orig_params": True}}
+    return cfg
+
+
+def _check(options: Options) -> None:
+    if options.amp != "no" and not torch.cuda.is_available():
+        raise ValueError(f"amp {options.amp} needs a GPU")
+    if options.iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {options.iterations}")
+    for path in (options.test, options.load_from):
+        if path is not None and "://" not in str(path) and not path.is_file():
+            raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    if options.resume and options.load_from is not None:
+        raise ValueError("resume and load_from exclude each other: both say where to start from")
+
+
+def _check_annotation_files(cfg: Any) -> None:
+    """Raise an error that names a file of annotations that is missing, empty or not JSON."""
+    for path in sorted(set(_annotation_files(cfg))):
+        if not path.is_file():
+            raise FileNotFoundError(f"annotation file {str(path)!r} does not exist")
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+        if not start.startswith((b"{", b"[")):
+            raise ValueError(f"annotation file {str(path)!r} is {'not JSON' if start else 'empty'}")
+
+
+def _annotation_files(cfg: Any) -> Iterator[Path]:
+    for mode in ("train", "val", "test"):
+        loader = cfg.get(f"{mode}_dataloader")
+        for part in smoke.dicts(loader.dataset if loader else None):
+            name = part.get("ann_file") or ""
+            if name.endswith(".json") and "://" not in name + (part.get("data_root") or ""):
+                yield Path(part.get("data_root") or "") / name
+
+
+def _summary(runner: Any, work_dir: Path, measured: bool) -> Summary:
+    scalars = runner.message_hub.log_scalars
+    losses, seconds = ([], [])
+    if measured:
+        losses = [float(value) for value in scalars["train/loss"].data[0]]
+        seconds = [float(value) for value in scalars["train/time"].data[0]][_WARM_UP:]
+    batch = runner.train_dataloader.batch_sampler.batch_size if measured else 0
+    speed = batch * runner.world_size * len(seconds) / sum(seconds) if seconds else math.nan
+    memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    metrics = {
+        name.removeprefix("val/"): float(buffer.current())
+        for name, buffer in scalars.items()
+        if name.startswith("val/") and not name.endswith(("/time", "/data_time"))
+    }
+    return Summary(work_dir, losses, metrics, speed, memory)
+
+
+def _report(summary: Summary) -> None:
+    from mmengine.dist import is_main_process
+
+    if is_main_process():
+        print(
+            f"smoke: {len(summary.losses)} iterations, loss {summary.losses[0]:.4g} to {summary.losses[-1]:.4g},"
+            f" {summary.images_per_second:.3g} images/s, peak memory {summary.peak_memory:,.0f} MiB"
+        )
+        print(json.dumps(summary._asdict() | {"work_dir": str(summary.work_dir)}))
+    if not all(map(math.isfinite, summary.losses)):
+        raise FloatingPointError(f"losses of the smoke run are not finite: {summary.losses}")
+
+
+if __name__ == "__main__":
+    from subquad.cli import main
+
+    sys.exit(main(["mm_train", *sys.argv[1:]]))
