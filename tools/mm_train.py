@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -94,10 +94,11 @@ def run(options: Options) -> Summary:
         smoke.shrink(cfg, Path(cfg.work_dir) / "smoke", options.iterations, options.full_size)
     _check_annotation_files(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    if options.test is not None:
-        return Summary(Path(cfg.work_dir), [], runner.test(), math.nan, 0.0)
-    runner.train()
-    summary = _summary(runner, Path(cfg.work_dir), options.smoke)
+    with _named_data_errors(cfg):
+        if options.test is not None:
+            return Summary(Path(cfg.work_dir), [], runner.test(), math.nan, 0.0)
+        runner.train()
+    summary = _summary(runner, cfg, options.smoke)
     if options.smoke:
         _report(summary)
     return summary
@@ -127,7 +128,8 @@ def load(options: Options) -> Any:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype, loss_scale=scale)
     if options.strategy == "fsdp":
         cfg.runner_type = "FlexibleRunner"
-        cfg.strategy = {"type": "FSDPStrategy", "model_wrapper": {"use_orig_params": True}}
+        wrapper = {"use_orig_params": True, "auto_wrap_policy": "subquad_blocks"}
+        cfg.strategy = {"type": "FSDPStrategy", "model_wrapper": wrapper, "state_dict_cfg": "full"}
     return cfg
 
 
@@ -154,6 +156,23 @@ def _check_annotation_files(cfg: Any) -> None:
             raise ValueError(f"annotation file {str(path)!r} is {'not JSON' if start else 'empty'}")
 
 
+@contextmanager
+def _named_data_errors(cfg: Any) -> Iterator[None]:
+    """Errors of the data sets' readers say what is wrong, but not with which file, or what it means."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"one of the annotation files {_listed(cfg)} is not JSON: {error}") from error
+    except ValueError as error:
+        if "need at least one array to concatenate" not in str(error):  # mmengine packs no images
+            raise
+        raise ValueError(f"no images with annotations in one of the data sets {_listed(cfg)}") from error
+
+
+def _listed(cfg: Any) -> str:
+    return ", ".join(sorted({str(path) for path in _annotation_files(cfg)}))
+
+
 def _annotation_files(cfg: Any) -> Iterator[Path]:
     for mode in ("train", "val", "test"):
         loader = cfg.get(f"{mode}_dataloader")
@@ -163,32 +182,36 @@ def _annotation_files(cfg: Any) -> Iterator[Path]:
                 yield Path(part.get("data_root") or "") / name
 
 
-def _summary(runner: Any, work_dir: Path, measured: bool) -> Summary:
+def _summary(runner: Any, cfg: Any, smoke_run: bool) -> Summary:
+    from mmengine.dist import get_world_size
+
     scalars = runner.message_hub.log_scalars
-    losses, seconds = ([], [])
-    if measured:
-        losses = [float(value) for value in scalars["train/loss"].data[0]]
-        seconds = [float(value) for value in scalars["train/time"].data[0]][_WARM_UP:]
-    batch = runner.train_dataloader.batch_sampler.batch_size if measured else 0
-    speed = batch * runner.world_size * len(seconds) / sum(seconds) if seconds else math.nan
-    memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     metrics = {
         name.removeprefix("val/"): float(buffer.current())
         for name, buffer in scalars.items()
-        if name.startswith("val/") and not name.endswith(("/time", "/data_time"))
+        if name.startswith("val/") and not name.endswith("time")
     }
-    return Summary(work_dir, losses, metrics, speed, memory)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    if not smoke_run:
+        return Summary(Path(cfg.work_dir), [], metrics, math.nan, memory)
+    losses, seconds = (scalars[name].data[0].tolist() for name in ("train/loss", "train/time"))
+    seconds = seconds[_WARM_UP:]
+    images = cfg.train_dataloader.batch_size * get_world_size() * len(seconds)
+    return Summary(Path(cfg.work_dir), losses, metrics, images / sum(seconds) if seconds else math.nan, memory)
 
 
 def _report(summary: Summary) -> None:
+    """Print a line and write ``smoke.json``."""
     from mmengine.dist import is_main_process
 
     if is_main_process():
+        record = json.dumps(summary._asdict() | {"work_dir": str(summary.work_dir)}, indent=1)
+        (summary.work_dir / "smoke.json").write_text(record)
+        first, last = summary.losses[0], summary.losses[-1]
         print(
-            f"smoke: {len(summary.losses)} iterations, loss {summary.losses[0]:.4g} to {summary.losses[-1]:.4g},"
-            f" {summary.images_per_second:.3g} images/s, peak memory {summary.peak_memory:,.0f} MiB"
+            f"smoke: {len(summary.losses)} iterations, loss {first:.4g} to {last:.4g}, "
+            f"{summary.images_per_second:.3g} images/s, peak memory {summary.peak_memory:,.0f} MiB"
         )
-        print(json.dumps(summary._asdict() | {"work_dir": str(summary.work_dir)}))
     if not all(map(math.isfinite, summary.losses)):
         raise FloatingPointError(f"losses of the smoke run are not finite: {summary.losses}")
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
+from mmengine.registry import FUNCTIONS, MODELS
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from subquad.backbones.base import Pyramid
 
 # Norms behind the stages in the authors' detectors and segmentors: outnorm0, norm0 and extra_norms.0.
 _OUT_NORM = re.compile(r"^(?:outnorm|norm|extra_norms\.)(\d+)\.(weight|bias)$")
-_OURS = ("model", "out_norms")
+_OURS = ("net", "out_norms")
+_BLOCK = re.compile(r"(?:^|\.)blocks\.\d+$")
 
 
 @MODELS.register_module()
@@ -73,28 +74,30 @@ class SubquadBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.model_args = dict(model_args or {})
 
-        self.model: Any = timm.create_model(model_name, drop_path_rate=drop_path_rate, **self.model_args)
-        self.out_indices = _check_indices(self.model, model_name, out_indices)
-        info = [self.model.feature_info[i] for i in self.out_indices]
+        self.net: Any = timm.create_model(model_name, drop_path_rate=drop_path_rate, **self.model_args)
+        self.out_indices = _check_indices(self.net, model_name, out_indices)
+        info = [self.net.feature_info[i] for i in self.out_indices]
         self.channels = tuple(int(level["num_chs"]) for level in info)
         self.strides = tuple(int(level["reduction"]) for level in info)
-        self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
+        self.net.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
         if with_cp:
-            self.model.set_grad_checkpointing(True)
+            self.net.set_grad_checkpointing(True)
         self.out_norms = nn.ModuleDict(
             {str(i): nn.LayerNorm(dim, eps=1e-5) for i, dim in zip(self.out_indices, self.channels, strict=True)}
             if out_norm
             else {}
         )
-        self._frozen = _parameters_of_stages(self.model, frozen_stages)
-        for name, parameter in self.model.named_parameters():
+        for name, module in self.net.named_modules():
+            module.is_block = bool(_BLOCK.search(name))  # see subquad_blocks
+        self._frozen = _parameters_of_stages(self.net, frozen_stages)
+        for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name not in self._frozen)
         self.register_load_state_dict_pre_hook(_adapt_checkpoint)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, C, H, W) to contiguous maps (B, channels[i], H / strides[i], W / strides[i])."""
-        channels_last = isinstance(self.model, Pyramid)
-        maps = self.model.forward_intermediates(
+        channels_last = isinstance(self.net, Pyramid)
+        maps = self.net.forward_intermediates(
             x,
             indices=list(self.out_indices),
             output_fmt="NHWC" if channels_last else "NCHW",
@@ -111,12 +114,12 @@ class SubquadBackbone(BaseModule):
         """Training or evaluation mode, except for what is frozen: detectors call this at every epoch."""
         super().train(mode)
         if mode and self._frozen:
-            for name, module in self.model.named_modules():
+            for name, module in self.net.named_modules():
                 inside = [f"{name}.{leaf}" if name else leaf for leaf, _ in module.named_parameters()]
                 if inside and self._frozen.issuperset(inside):
                     module.eval()
         if mode and self.norm_eval:
-            for module in self.model.modules():
+            for module in self.net.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
@@ -134,13 +137,13 @@ class SubquadBackbone(BaseModule):
             state_dict = self.named_as_here(weights.unwrap(raw))
         elif self.pretrained:
             source = timm.create_model(self.model_name, pretrained=True, **self.model_args)
-            state_dict = {f"model.{name}": value for name, value in source.state_dict().items()}
+            state_dict = {f"net.{name}": value for name, value in source.state_dict().items()}
         else:
             return
         with torch.device("meta"):
             whole = timm.create_model(self.model_name, **self.model_args).state_dict()
         expected = self.state_dict()
-        dropped = {f"model.{name}" for name in whole} - set(expected)
+        dropped = {f"net.{name}" for name in whole} - set(expected)
         state_dict = {name: value for name, value in state_dict.items() if name not in dropped}
         new = {name for name in expected if name.startswith("out_norms.") and name not in state_dict}
         needed = {name: value for name, value in expected.items() if name not in new}
@@ -155,17 +158,24 @@ class SubquadBackbone(BaseModule):
             return dict(state_dict)
         mapped: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
-        own = self.model.state_dict()
+        own = self.net.state_dict()
         for name, value in state_dict.items():
             if (found := _OUT_NORM.match(name)) and name not in own:
                 mapped[f"out_norms.{found[1]}.{found[2]}"] = value
             else:
                 rest[name] = value
         try:
-            rest = weights.filter_of(self.model)(rest, self.model)
-        except TypeError:  # one of timm's models, whose weights need no mapping
-            rest = weights.unwrap(rest)
-        return {f"model.{name}": value for name, value in rest.items()} | mapped
+            filter_fn = weights.filter_of(self.net)
+        except TypeError:  # one of timm's models whose weights need no mapping
+            filter_fn = None
+        rest = filter_fn(rest, self.net) if filter_fn is not None else rest
+        return {f"net.{name}": value for name, value in rest.items()} | mapped
+
+
+@FUNCTIONS.register_module()
+def subquad_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Policy of FSDP that shards each block of a ``SubquadBackbone`` as one unit, and all else together."""
+    return recurse or getattr(module, "is_block", False)
 
 
 def _adapt_checkpoint(

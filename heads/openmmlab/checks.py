@@ -110,12 +110,12 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raise an error that names the files if images or label maps of a dataset are missing or empty, or it has none.
+    """Raise an error that names the files if a data set of mmdet or mmseg cannot be read to its end.
 
     Folders are listed once, instead of asking for each file; files that are not on a disk are left to their reader.
 
     Raises:
-        ValueError: no images, no annotations in training data, or an empty file.
+        ValueError: no images with annotations, an object without the mask that the pipeline loads, or an empty file.
         FileNotFoundError: a missing image or label map.
     """
     for part in _parts(dataset):
@@ -123,9 +123,11 @@ def check_dataset(dataset: Any) -> None:
         where = getattr(part, "ann_file", None) or part.data_prefix
         infos = [part.get_data_info(i) for i in range(len(part))]
         if not infos:
-            raise ValueError(f"no usable images in {where!r}: is the annotation file empty, or of other classes?")
-        if "instances" in infos[0] and not any(info["instances"] for info in infos):
-            raise ValueError(f"no annotations in {where!r}, but {len(infos)} images")
+            raise ValueError(f"no images with annotations in {where!r}: is it empty, or of other classes?")
+        if any(getattr(step, "with_mask", False) for step in part.pipeline.transforms):
+            bare = [i["img_path"] for i in infos if any("mask" not in each for each in i.get("instances", ()))]
+            if bare:
+                raise ValueError(f"{where!r} has annotations without a mask: {_some(bare)}")
         paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if info.get(key)]
         _check_files(paths, where)
 
@@ -157,5 +159,9 @@ def _check_files(paths: list[str], where: Any) -> None:
     for kind, files in ((FileNotFoundError, missing), (ValueError, empty)):
         if files:
             state = "missing" if files is missing else "empty"
-            more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-            raise kind(f"{len(files)} files of {where!r} are {state}: {', '.join(files[:_SHOWN])}{more}")
+            raise kind(f"files of {where!r} are {state}: {_some(files)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -69,9 +69,9 @@ class SubquadLayerDecay(DefaultOptimWrapperConstructor):
         scales: dict[str, float] = {}
         fixed: set[str] = set()
         for path, backbone in backbones:
-            prefix = f"{path}.model." if path else "model."
-            layer_of = group_parameters(backbone.model, backbone.model.group_matcher(coarse=coarse), reverse=True)
+            prefix = f"{path}.net." if path else "net."
+            layer_of = group_parameters(backbone.net, backbone.net.group_matcher(coarse=coarse), reverse=True)
             layers = max(layer_of.values()) + 1
             scales |= {prefix + name: rate ** (layers - layer) for name, layer in layer_of.items()}
-            fixed |= {prefix + name for name in backbone.model.no_weight_decay()}
+            fixed |= {prefix + name for name in backbone.net.no_weight_decay()}
         return scales, fixed

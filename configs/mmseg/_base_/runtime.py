@@ -17,7 +17,6 @@ env_cfg = dict(
 visualizer = dict(
     type="SegLocalVisualizer",
     vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
-    name="visualizer",
 )
 log_processor = dict(by_epoch=False)
 log_level = "INFO"
