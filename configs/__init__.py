@@ -23,7 +23,8 @@ def path(name: str) -> Path:
     """Where a config lies, wherever the library is installed.
 
     Args:
-        name: of a config in ``names()`` or of a part, ``mmdet/_base_/models/retinanet_fpn.py``; ``.py`` may be left out.
+        name: of a config in ``names()``, or of a part such as ``mmdet/_base_/models/retinanet_fpn.py``; ``.py`` may be
+            left out.
 
     Raises:
         FileNotFoundError: for any other name; the message has those that are close.

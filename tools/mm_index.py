@@ -6,7 +6,6 @@ device: nothing is computed, no weights are needed.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,21 @@ _PROPOSALS, _MASKS = 1000, 100  # regions in the heads of a two-stage detector, 
 
 _HEAD = """# Configs for MMDetection and MMSegmentation
 
-Made by `python -m subquad.tools.mm_index`; a test compares it with the configs. AP, mIoU: what the authors report for training
-with the config, single scale / multi-scale for mIoU. They were not measured again here. Parameters are those of the whole detector
-or segmentor. GFLOPs count a multiplication and an addition as one, as papers do, in inference on one image of {sizes}; a
-two-stage detector with {proposals:,} proposals and {masks} masks.
+Made by `python -m subquad.tools.mm_index`; a test compares it with the configs.
+
+* AP and mIoU (single scale / multi-scale) are what the authors report for training with the config, in the source
+  that it names. They were not measured again here.
+* Parameters are those of the whole detector or segmentor, auxiliary heads included.
+* GFLOPs count a multiplication with its addition as one, as papers do, in inference on an image of {sizes},
+  with {proposals:,} proposals and {masks} masks in a two-stage detector.
 """
 
 
 def build(cfg: Any) -> nn.Module:
     """The model of a config on the meta device, in evaluation mode."""
-    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine
     from mmengine.registry import MODELS, init_default_scope
+
+    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine
 
     init_default_scope(cfg.default_scope)
     __import__(f"{cfg.default_scope}.models")
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """``subquad mm_train``: train or test a detector or segmentor of OpenMMLab by config, on mmengine's Runner.
 
-    python -m subquad.tools.mm_train mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py
-    torchrun --nproc-per-node 8 -m subquad.tools.mm_train CONFIG --launcher pytorch
+python -m subquad.tools.mm_train mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py
+torchrun --nproc-per-node 8 -m subquad.tools.mm_train CONFIG --launcher pytorch
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def run(options: Options) -> Summary:
         ValueError: a config or data that cannot work; see ``subquad.heads.openmmlab.checks``.
         FloatingPointError: a loss of a smoke run is not finite.
     """
-    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine, before anything of mmdet is imported
     from mmengine.registry import RUNNERS, init_default_scope
     from mmengine.runner import Runner
+
+    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine, before anything of mmdet is imported
 
     _check(options)
     cfg = load(options)

@@ -74,7 +74,7 @@ class SubquadBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.model_args = dict(model_args or {})
 
-        self.net: Any = timm.create_model(model_name, drop_path_rate=drop_path_rate, **self.model_args)
+        self.net = _create(model_name, drop_path_rate=drop_path_rate, **self.model_args)
         self.out_indices = _check_indices(self.net, model_name, out_indices)
         info = [self.net.feature_info[i] for i in self.out_indices]
         self.channels = tuple(int(level["num_chs"]) for level in info)
@@ -136,12 +136,12 @@ class SubquadBackbone(BaseModule):
             raw = weights.read_checkpoint(self.checkpoint)
             state_dict = self.named_as_here(weights.unwrap(raw))
         elif self.pretrained:
-            source = timm.create_model(self.model_name, pretrained=True, **self.model_args)
+            source = _create(self.model_name, pretrained=True, **self.model_args)
             state_dict = {f"net.{name}": value for name, value in source.state_dict().items()}
         else:
             return
         with torch.device("meta"):
-            whole = timm.create_model(self.model_name, **self.model_args).state_dict()
+            whole = _create(self.model_name, **self.model_args).state_dict()
         expected = self.state_dict()
         dropped = {f"net.{name}" for name in whole} - set(expected)
         state_dict = {name: value for name, value in state_dict.items() if name not in dropped}
@@ -178,9 +178,7 @@ def subquad_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> b
     return recurse or getattr(module, "is_block", False)
 
 
-def _adapt_checkpoint(
-    backbone: SubquadBackbone, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _adapt_checkpoint(backbone: SubquadBackbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before weights are loaded: bring those of the backbone to our names; what does not fit is an error.
 
     mmengine itself would load what fits and only log the rest.
@@ -196,6 +194,10 @@ def _adapt_checkpoint(
     for name in names:
         del state_dict[name]
     state_dict.update({prefix + name: value for name, value in found.items()})
+
+
+def _create(name: str, **options: Any) -> Any:
+    return timm.create_model(name, **options)
 
 
 def _check_start(model_name: str, pretrained: bool, checkpoint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""``SubquadLayerDecay``: learning rates that fall from layer to layer towards the stem, by the backbone's own layers."""
+"""``SubquadLayerDecay``: learning rates that fall from layer to layer towards the backbone's stem."""
 
 from __future__ import annotations
 

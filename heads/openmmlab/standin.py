@@ -22,11 +22,26 @@ COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-iso
 """Builds mmcv's own operators, with a C++ compiler (and CUDA's for a GPU)."""
 
 # Names under which mmdet and mmseg hold operators of mmcv, imported once and for all when they are imported.
-_HELD = (
-    "nms batched_nms nms_match roi_align point_sample rel_roi_point_to_rel_img_point sigmoid_focal_loss RoIPool "
-    "DeformConv2d ModulatedDeformConv2d deform_conv2d MultiScaleDeformableAttention MaskedConv2d CornerPool "
-    "CARAFEPack line_nms CrissCrossAttention PSAMask"
-).split()
+_HELD = {
+    "CARAFEPack",
+    "CornerPool",
+    "CrissCrossAttention",
+    "DeformConv2d",
+    "MaskedConv2d",
+    "ModulatedDeformConv2d",
+    "MultiScaleDeformableAttention",
+    "PSAMask",
+    "RoIPool",
+    "batched_nms",
+    "deform_conv2d",
+    "line_nms",
+    "nms",
+    "nms_match",
+    "point_sample",
+    "rel_roi_point_to_rel_img_point",
+    "roi_align",
+    "sigmoid_focal_loss",
+}
 _ALIASES = {("mmdet.models.dense_heads.clr_head.clr_head", "nms"): "line_nms"}
 
 

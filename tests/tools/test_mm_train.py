@@ -1,4 +1,4 @@
-"""``subquad mm_train`` from config to files: five kinds of detectors and segmentors, resumption, inference, bad input."""
+"""``subquad mm_train`` from config to files: detectors and segmentors of five kinds, resumed, used, and refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,22 @@ FITTING = {
     "retinanet": f"neck=dict(in_channels={CHANNELS[1:]})",
     "upernet": f"decode_head=dict(in_channels={CHANNELS}), auxiliary_head=dict(in_channels={CHANNELS[2]})",
 }
-TINY = ("model.backbone.model_name=test_vmamba",)
+# Heads that make a checkpoint of some megabytes instead of one gigabyte.
+NARROW = {
+    "mask-rcnn": ("model.roi_head.bbox_head.fc_out_channels=32",),
+    "cascade": tuple(f"model.roi_head.bbox_head.{i}.fc_out_channels=32" for i in range(3)),
+    "upernet": ("model.decode_head.channels=32",),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
+def in_little_time() -> Iterator[None]:
+    """One thread; and configs are dumped as they are, because yapf takes longer to format one than a run takes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
     torch.set_num_threads(threads)
 
 
@@ -57,25 +66,46 @@ def _write_config(folder: Path, kind: str, more: str = "") -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, mm_train.Summary]]:
+    """Config and outcome of two iterations and a validation of a kind, in the folder ``run`` beside the config."""
+
+    @cache
+    def train(kind: str) -> tuple[Path, mm_train.Summary]:
+        config = _write_config(tmp_path_factory.mktemp(kind), kind)
+        return config, mm_train.run(_options(kind, config))
+
+    return train
+
+
+def _options(kind: str, config: Path, **options: Any) -> Options:
+    narrow = NARROW.get(kind, ())
+    return Options(str(config), work_dir=config.parent / "run", smoke=True, cfg_options=narrow, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_trains_validates_resumes_and_infers(kind: str, tmp_path: Path) -> None:
-    config = _write_config(tmp_path, kind)
-    options = Options(str(config), work_dir=tmp_path / "run", smoke=True)
-    first = mm_train.run(options)
+def test_trains_validates_resumes_and_infers(
+    kind: str, trained: Callable[[str], tuple[Path, mm_train.Summary]]
+) -> None:
+    config, first = trained(kind)
+    run = config.parent / "run"
     assert len(first.losses) == 2 and all(np.isfinite(first.losses))
     expected = {"mIoU", "aAcc", "mAcc"} if KINDS[kind][0] == "mmseg" else {"coco/bbox_mAP"}
     expected |= {"coco/segm_mAP"} if kind in ("mask-rcnn", "cascade") else set()
     assert expected <= set(first.metrics)
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert list((run).rglob("events.out.tfevents*"))
 
-    before = torch.load(tmp_path / "run" / "iter_2.pth", weights_only=False)
-    resumed = mm_train.run(Options(str(config), work_dir=tmp_path / "run", smoke=True, iterations=3, resume=True))
+    before = torch.load(run / "iter_2.pth", weights_only=False)
+    resumed = mm_train.run(_options(kind, config, iterations=3, resume=True))
     assert len(resumed.losses) == 3 and resumed.losses[:2] == first.losses
-    after = torch.load(tmp_path / "run" / "iter_3.pth", weights_only=False)
+    after = torch.load(run / "iter_3.pth", weights_only=False)
     assert after["optimizer"]["state"][0]["step"] == before["optimizer"]["state"][0]["step"] + 1 == 3
     moved = [k for k, v in after["state_dict"].items() if not torch.equal(v, before["state_dict"][k])]
     assert any(name.startswith("backbone.net.stem") for name in moved)
-    (_infer_boxes if KINDS[kind][0] == "mmdet" else _infer_labels)(tmp_path / "run", "masks" in kind)
+    if KINDS[kind][0] == "mmdet":
+        _infer_boxes(run, masks=kind != "retinanet")
+    else:
+        _infer_labels(run)
 
 
 def _infer_boxes(run: Path, masks: bool) -> None:
@@ -85,14 +115,15 @@ def _infer_boxes(run: Path, masks: bool) -> None:
     image = run / "smoke" / "val" / "images" / "0000.png"
     result = inferencer(str(image), pred_score_thr=0.0, out_dir=str(run / "out"), no_save_pred=False)["predictions"][0]
     assert len(result["bboxes"]) == len(result["scores"]) == len(result["labels"]) > 0
-    assert ("masks" in result) >= masks
+    assert ("masks" in result) == masks
     width, height = Image.open(image).size
     boxes = np.array(result["bboxes"])
-    assert boxes.min() >= 0 and boxes[:, 2].max() <= width and boxes[:, 3].max() <= height
+    slack = 1e-3  # float32 at another scale
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= width + slack and boxes[:, 3].max() <= height + slack
     assert (run / "out" / "vis").is_dir() and (run / "out" / "preds").is_dir()
 
 
-def _infer_labels(run: Path, _: bool) -> None:
+def _infer_labels(run: Path) -> None:
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(str(next(run.glob("*.py"))), str(run / "iter_3.pth"), device="cpu")
@@ -104,14 +135,19 @@ def _infer_labels(run: Path, _: bool) -> None:
 
 def test_shipped_config_by_name(tmp_path: Path) -> None:
     """A user's first try: two words and the names of a smaller model; then the result is tested."""
-    small = (*TINY, f"model.decode_head.in_channels={','.join(map(str, CHANNELS))}", "model.auxiliary_head.in_channels=32")
+    small = (
+        "model.backbone.model_name=test_vmamba",
+        *NARROW["upernet"],
+        f"model.decode_head.in_channels={','.join(map(str, CHANNELS))}",
+        "model.auxiliary_head.in_channels=32",
+    )
     name = "mmseg/vmamba/upernet_vmamba-tiny_160k_ade20k-512.py"
-    common: dict[str, Any] = dict(smoke=True, iterations=1, cfg_options=small)
-    trained = mm_train.run(Options(name, work_dir=tmp_path / "run", **common))
+    common: dict[str, Any] = {"smoke": True, "iterations": 1, "cfg_options": small}
+    summary = mm_train.run(Options(name, work_dir=tmp_path / "run", **common))
     tested = mm_train.run(Options(name, work_dir=tmp_path / "test", test=tmp_path / "run" / "iter_1.pth", **common))
-    assert tested.metrics["mIoU"] == pytest.approx(trained.metrics["mIoU"])
+    assert tested.metrics["mIoU"] == pytest.approx(summary.metrics["mIoU"])
     record = json.loads((tmp_path / "run" / "smoke.json").read_text())
-    assert record["losses"] == trained.losses
+    assert record["losses"] == summary.losses
 
 
 def test_options_change_the_config(tmp_path: Path) -> None:
@@ -162,21 +198,31 @@ def _empty_list(folder: Path) -> None:
 
 
 BAD = {
-    "unknown model": (_broken_model(model__backbone__model_name="vmamba_tinny"), ValueError, "did you mean vmamba_tiny"),
-    "out_indices": (_broken_model(model__backbone__out_indices="0,1,2,4"), ValueError, "out_indices must rise within 0"),
+    "unknown model": (
+        _broken_model(model__backbone__model_name="vmamba_tinny"),
+        ValueError,
+        "did you mean vmamba_tiny",
+    ),
+    "out_indices": (
+        _broken_model(model__backbone__out_indices="0,1,2,4"),
+        ValueError,
+        "out_indices must rise within 0",
+    ),
     "neck": (_broken_model(model__neck__in_channels="96,192,384,768"), ValueError, r"neck \(FPN\) takes \[96, 192"),
     "no image": (_broken_data(lambda f: (f / "images/0001.png").unlink()), FileNotFoundError, r"missing: .*0001\.png"),
     "no file": (_broken_data(lambda f: (f / "annotations.json").unlink()), FileNotFoundError, r"annotations\.json"),
     "empty file": (_broken_data(lambda f: (f / "annotations.json").write_text("") and None), ValueError, "is empty"),
-    "half a file": (_broken_data(lambda f: (f / "annotations.json").write_text('{"a": ') and None), ValueError, "not JSON"),
+    "half a file": (
+        _broken_data(lambda f: (f / "annotations.json").write_text('{"a": ') and None),
+        ValueError,
+        "not JSON",
+    ),
     "no annotations": (_broken_data(_empty_list), ValueError, r"no images with annotations .*annotations\.json"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_fails_before_the_first_iteration(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_fails_before_the_first_iteration(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, error, message = BAD[what]
     from mmengine.runner import BaseLoop
 
@@ -213,18 +259,18 @@ def test_bad_options(tmp_path: Path) -> None:
 # Scripts of the libraries
 
 
-def test_scripts_of_the_libraries_run_through_the_launcher(tmp_path: Path) -> None:
+def test_scripts_of_the_libraries_run_through_the_launcher(
+    trained: Callable[[str], tuple[Path, mm_train.Summary]], tmp_path: Path
+) -> None:
     """mmdet's test script imports its models before it reads the config."""
-    config = str(_write_config(tmp_path, "mask-rcnn"))
-    options = Options(config, work_dir=tmp_path / "run", smoke=True, iterations=1)
-    trained = mm_train.run(options)
-    dumped = str(next((tmp_path / "run").glob("*.py")))
-    command = [sys.executable, "-W", "ignore", "-m", "subquad.tools.mm_run", "mmdet/tools/test.py", dumped]
-    command += [str(tmp_path / "run" / "iter_1.pth"), "--work-dir", str(tmp_path / "test")]
+    config, summary = trained("mask-rcnn")
+    run = config.parent / "run"
+    command = [sys.executable, "-W", "ignore", "-m", "subquad.tools.mm_run", "mmdet/tools/test.py"]
+    command += [str(run / config.name), str(run / "iter_2.pth"), "--work-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"coco/bbox_mAP: ([\d.]+)", done.stdout + done.stderr)
-    assert float(found[-1]) == pytest.approx(trained.metrics["coco/bbox_mAP"], abs=1e-4)  # printed with four digits
+    assert float(found[-1]) == pytest.approx(summary.metrics["coco/bbox_mAP"], abs=1e-4)  # printed with four digits
 
 
 def test_launcher_finds_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

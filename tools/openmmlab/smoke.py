@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGES = 8
+IMAGES = {"train": 8, "val": 2}
 SHRINK = 8
 """Factor by which image sizes of the pipelines fall."""
 _LARGEST = {"nms_pre": 100, "max_per_img": 50, "num": 32}
@@ -19,7 +19,7 @@ _SIZES = {"scale", "scales", "crop_size", "size", "stride", "img_scale"}
 _COLORS = ((220, 60, 60), (60, 200, 80), (70, 90, 230))
 
 
-def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], images: int = IMAGES, seed: int = 0) -> Path:
+def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], images: int, seed: int = 0) -> Path:
     """Noise with coloured rectangles and ellipses, of a category for each colour, in COCO's format.
 
     Args:
@@ -32,7 +32,8 @@ def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], image
     """
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    records, annotations = [], []
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(images):
         picture = _noise(rng, size)
         draw = ImageDraw.Draw(picture)
@@ -55,13 +56,11 @@ def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], image
         records.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
     path = folder / "annotations.json"
-    path.write_text(
-        json.dumps({"info": {}, "images": records, "annotations": annotations, "categories": categories})
-    )
+    path.write_text(json.dumps({"info": {}, "images": records, "annotations": annotations, "categories": categories}))
     return path
 
 
-def make_ade(folder: Path, size: tuple[int, int], images: int = IMAGES, seed: int = 0) -> Path:
+def make_ade(folder: Path, size: tuple[int, int], images: int, seed: int = 0) -> Path:
     """The same pictures with label maps in ADE20K's format: 0 unlabelled, 1 background, 2 to 4 by colour.
 
     Args:
@@ -141,13 +140,13 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
     for mode in ("train", "val", "test"):
         cfg[f"{mode}_dataloader"].num_workers = 2 if full_size and mode == "train" else 0
         cfg[f"{mode}_dataloader"].persistent_workers = full_size and mode == "train"
-    cfg.train_dataloader.sampler = dict(type="InfiniteSampler", shuffle=True)
-    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=iterations)
+    cfg.train_dataloader.sampler = {"type": "InfiniteSampler", "shuffle": True}
+    cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": iterations, "val_interval": iterations}
     cfg.param_scheduler = None
-    cfg.log_processor = dict(by_epoch=False, window_size=1)
-    cfg.default_hooks.logger = dict(type="LoggerHook", interval=1, log_metric_by_epoch=False)
-    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=iterations, max_keep_ckpts=1)
-    cfg.randomness = dict(seed=0)
+    cfg.log_processor = {"by_epoch": False, "window_size": 1}
+    cfg.default_hooks.logger = {"type": "LoggerHook", "interval": 1, "log_metric_by_epoch": False}
+    cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "by_epoch": False, "interval": iterations}
+    cfg.randomness = {"seed": 0}
 
 
 def _pipeline(dataset: Any) -> Any:
@@ -159,32 +158,32 @@ def _use_coco(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str
     from mmdet.datasets import CocoDataset
 
     files = {
-        mode: make_coco(folder / mode, size, CocoDataset.METAINFO["classes"], seed=seed)
-        for seed, mode in enumerate(("train", "val"))
+        mode: make_coco(folder / mode, size, CocoDataset.METAINFO["classes"], images, seed)
+        for seed, (mode, images) in enumerate(IMAGES.items())
     }
     for mode, source in (("train", "train"), ("val", "val"), ("test", "val")):
-        cfg[f"{mode}_dataloader"].dataset = dict(
-            type="CocoDataset",
-            ann_file=str(files[source]),
-            data_prefix=dict(img=str(files[source].parent / "images")),
-            pipeline=pipelines[source],
-            test_mode=mode != "train",
-        )
+        cfg[f"{mode}_dataloader"].dataset = {
+            "type": "CocoDataset",
+            "ann_file": str(files[source]),
+            "data_prefix": {"img": str(files[source].parent / "images")},
+            "pipeline": pipelines[source],
+            "test_mode": mode != "train",
+        }
     for mode in ("val", "test"):
         cfg[f"{mode}_evaluator"] = dict(cfg[f"{mode}_evaluator"], ann_file=str(files["val"]))
 
 
 def _use_ade(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str, Any]) -> None:
-    for seed, mode in enumerate(("train", "val")):
-        make_ade(folder / mode, size, seed=seed)
+    for seed, (mode, images) in enumerate(IMAGES.items()):
+        make_ade(folder / mode, size, images, seed)
     for mode, source in (("train", "train"), ("val", "val"), ("test", "val")):
-        cfg[f"{mode}_dataloader"].dataset = dict(
-            type="ADE20KDataset",
-            data_root=str(folder / source),
-            data_prefix=dict(img_path="images", seg_map_path="annotations"),
-            pipeline=pipelines[source],
-            test_mode=mode != "train",
-        )
+        cfg[f"{mode}_dataloader"].dataset = {
+            "type": "ADE20KDataset",
+            "data_root": str(folder / source),
+            "data_prefix": {"img_path": "images", "seg_map_path": "annotations"},
+            "pipeline": pipelines[source],
+            "test_mode": mode != "train",
+        }
 
 
 def _shrink_sizes(value: Any) -> None:
@@ -195,7 +194,7 @@ def _shrink_sizes(value: Any) -> None:
 
 def _smaller(size: Any) -> Any:
     if isinstance(size, list | tuple):
-        return tuple(_smaller(item) for item in size)
+        return type(size)(_smaller(item) for item in size)  # mmcv tells one size from several by the type
     return max(1, size // SHRINK) if isinstance(size, int) else size
 
 

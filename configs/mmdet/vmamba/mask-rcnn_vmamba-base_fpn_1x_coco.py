@@ -1,4 +1,5 @@
-# VMamba-B[s2l15], Mask R-CNN 1x. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
+# VMamba-B[s2l15], Mask R-CNN 1x: box AP 49.2, mask AP 44.1.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco.py",

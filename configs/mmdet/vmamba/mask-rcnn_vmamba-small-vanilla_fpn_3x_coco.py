@@ -1,5 +1,6 @@
-# VMamba-S (first version), Mask R-CNN 3x multi-scale. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
-# The official config inherits this rate of stochastic depth from that of Swin-T.
+# VMamba-S (first version), Mask R-CNN 3x multi-scale: box AP 49.7, mask AP 44.0.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+# Their config inherits this rate of stochastic depth from that of Swin-T.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco_multi-scale.py",

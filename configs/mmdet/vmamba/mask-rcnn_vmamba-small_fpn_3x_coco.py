@@ -1,4 +1,5 @@
-# VMamba-S[s2l15], Mask R-CNN 3x multi-scale. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
+# VMamba-S[s2l15], Mask R-CNN 3x multi-scale: box AP 49.9, mask AP 44.2.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco_multi-scale.py",

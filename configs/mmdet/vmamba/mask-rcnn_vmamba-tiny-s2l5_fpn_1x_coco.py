@@ -1,4 +1,5 @@
-# VMamba-T[s2l5], Mask R-CNN 1x. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
+# VMamba-T[s2l5], Mask R-CNN 1x: box AP 47.4, mask AP 42.7.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco.py",

@@ -1,4 +1,5 @@
-# VMamba-T[s2l5], Mask R-CNN 3x multi-scale. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
+# VMamba-T[s2l5], Mask R-CNN 3x multi-scale: box AP 48.9, mask AP 43.7.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco_multi-scale.py",

@@ -1,5 +1,6 @@
-# VMamba-T (first version), Mask R-CNN 1x. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
-# The official config inherits this rate of stochastic depth from that of Swin-T.
+# VMamba-T (first version), Mask R-CNN 1x: box AP 46.5, mask AP 42.1.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+# Their config inherits this rate of stochastic depth from that of Swin-T.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco.py",

@@ -1,5 +1,6 @@
-# VMamba-T (first version), Mask R-CNN 3x multi-scale. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
-# The official config inherits this rate of stochastic depth from that of Swin-T.
+# VMamba-T (first version), Mask R-CNN 3x multi-scale: box AP 48.5, mask AP 43.2.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+# Their config inherits this rate of stochastic depth from that of Swin-T.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco_multi-scale.py",

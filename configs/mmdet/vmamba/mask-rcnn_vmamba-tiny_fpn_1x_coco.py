@@ -1,4 +1,5 @@
-# VMamba-T[s1l8], Mask R-CNN 1x. Settings: the official config; result: the README of github.com/MzeroMiko/VMamba.
+# VMamba-T[s1l8], Mask R-CNN 1x: box AP 47.3, mask AP 42.7.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
 _base_ = [
     "../_base_/models/mask-rcnn_fpn.py",
     "../_base_/datasets/coco.py",

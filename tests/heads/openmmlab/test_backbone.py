@@ -15,6 +15,7 @@ pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]
 
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint
+
 from subquad.heads.openmmlab import SubquadBackbone
 
 NAME = "test_vmamba"
@@ -117,7 +118,10 @@ def test_drop_path_rate() -> None:
 
 def _filled(module: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.rand(value.shape, generator=generator).to(value.dtype) for name, value in module.state_dict().items()}
+    return {
+        name: torch.rand(value.shape, generator=generator).to(value.dtype)
+        for name, value in module.state_dict().items()
+    }
 
 
 def _assert_equal(backbone: SubquadBackbone, state: dict[str, Tensor], prefix: str = "") -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
+
 from subquad import configs
 from subquad.heads.openmmlab.checks import check_dataset, check_model
 from subquad.tools.mm_index import build

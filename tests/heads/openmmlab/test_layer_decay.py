@@ -12,6 +12,7 @@ pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]
 
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
+
 from subquad.heads.openmmlab import SubquadBackbone
 
 LR, DECAY = 1e-3, 0.05

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]"')
 
 from mmengine.registry import MODELS
+
 from subquad.heads.openmmlab import SimpleFeaturePyramid
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("mmcv", reason='needs mmcv: pip install "subquad[mm]"')
 
-import subquad.heads.openmmlab  # noqa: F401  before mmcv.ops
 from mmcv import ops
+
+import subquad.heads.openmmlab  # noqa: F401  before mmcv.ops
 from subquad.heads.openmmlab import standin, standin_ops
 
 pytestmark = pytest.mark.skipif(
@@ -51,7 +52,7 @@ def test_nms_is_that_of_torchvision(offset: int) -> None:
 def test_batched_nms_is_that_of_torchvision() -> None:
     boxes, scores = _boxes(60)
     classes = torch.arange(60) % 3
-    _, kept = ops.batched_nms(boxes, scores, classes, dict(type="nms", iou_threshold=0.3))
+    _, kept = ops.batched_nms(boxes, scores, classes, {"type": "nms", "iou_threshold": 0.3})
     expected = torchvision.ops.batched_nms(boxes, scores, classes, 0.3)
     assert torch.equal(kept, expected)
 
@@ -157,7 +158,7 @@ def test_focal_loss_is_that_of_torchvision_and_of_mmdet() -> None:
     target = torch.tensor([0, 1, 2, 3, 4, 4, 0, 3, 4])  # 4 is background
     positive = torch.nn.functional.one_hot(target, 5)[:, :4].double()
     # one rounding a factor
-    close = dict(rtol=1e-14, atol=1e-16)
+    close = {"rtol": 1e-14, "atol": 1e-16}
     ours = ops.sigmoid_focal_loss(logits, target, 2.0, 0.25, None, "none")
     theirs = torchvision.ops.sigmoid_focal_loss(logits, positive, 0.25, 2.0)
     torch.testing.assert_close(ours, theirs, **close)
@@ -229,7 +230,9 @@ def test_import_order_does_not_matter_and_compiled_operators_win() -> None:
         del sys.modules["mmcv._ext"]
         assert importlib.util.find_spec("mmcv._ext").origin == str(folder / "_ext.py")
         """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,6 @@
 # COCO 2017 with the multi-scale training of DETR (arXiv 2005.12872): half of the images are cropped in between.
 _base_ = "./coco.py"
-resize = dict(
-    type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True
-)
+resize = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
