@@ -62,7 +62,7 @@ class Summary(NamedTuple):
 
     Attributes:
         work_dir: where logs and checkpoints are.
-        losses: of each iteration of a smoke run, empty otherwise.
+        losses: of each iteration of a smoke run, the mean of all processes; empty otherwise.
         metrics: of the last validation or of the test.
         images_per_second: of a smoke run on all processes, NaN for fewer than six iterations.
         peak_memory: largest allocation on the GPU in MiB, 0 without one.
@@ -184,7 +184,7 @@ def _annotation_files(cfg: Any) -> Iterator[Path]:
 
 
 def _summary(runner: Any, cfg: Any, smoke_run: bool) -> Summary:
-    from mmengine.dist import get_world_size
+    from mmengine.dist import all_reduce, get_world_size
 
     scalars = runner.message_hub.log_scalars
     metrics = {
@@ -195,10 +195,12 @@ def _summary(runner: Any, cfg: Any, smoke_run: bool) -> Summary:
     memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     if not smoke_run:
         return Summary(Path(cfg.work_dir), [], metrics, math.nan, memory)
-    losses, seconds = (scalars[name].data[0].tolist() for name in ("train/loss", "train/time"))
+    losses, seconds = (torch.tensor(scalars[name].data[0]) for name in ("train/loss", "train/time"))
+    all_reduce(losses, "mean")
     seconds = seconds[_WARM_UP:]
     images = cfg.train_dataloader.batch_size * get_world_size() * len(seconds)
-    return Summary(Path(cfg.work_dir), losses, metrics, images / sum(seconds) if seconds else math.nan, memory)
+    speed = images / seconds.sum().item() if len(seconds) else math.nan
+    return Summary(Path(cfg.work_dir), losses.tolist(), metrics, speed, memory)
 
 
 def _report(summary: Summary) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]"')
 
 from mmengine.runner.checkpoint import load_checkpoint
+
 from subquad.heads.openmmlab import SubquadBackbone, backbone
 
 

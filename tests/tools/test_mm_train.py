@@ -112,7 +112,7 @@ def _infer_boxes(run: Path, masks: bool) -> None:
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(str(next(run.glob("*.py"))), str(run / "iter_3.pth"), "cpu", show_progress=False)
-    image = run / "smoke" / "val" / "images" / "0000.png"
+    image = next((run / "smoke").glob("*/val/images/0000.png"))
     result = inferencer(str(image), pred_score_thr=0.0, out_dir=str(run / "out"), no_save_pred=False)["predictions"][0]
     assert len(result["bboxes"]) == len(result["scores"]) == len(result["labels"]) > 0
     assert ("masks" in result) == masks
@@ -127,7 +127,7 @@ def _infer_labels(run: Path) -> None:
     from mmseg.apis import MMSegInferencer
 
     inferencer = MMSegInferencer(str(next(run.glob("*.py"))), str(run / "iter_3.pth"), device="cpu")
-    image = run / "smoke" / "val" / "images" / "0000.jpg"
+    image = next((run / "smoke").glob("*/val/images/0000.jpg"))
     labels = inferencer(str(image))["predictions"]
     assert labels.shape == Image.open(image).size[::-1]
     assert labels.min() >= 0 and labels.max() < 150
@@ -148,6 +148,38 @@ def test_shipped_config_by_name(tmp_path: Path) -> None:
     assert tested.metrics["mIoU"] == pytest.approx(summary.metrics["mIoU"])
     record = json.loads((tmp_path / "run" / "smoke.json").read_text())
     assert record["losses"] == summary.losses
+
+
+def test_flexible_runner(tmp_path: Path) -> None:
+    """mmengine's runner of strategies, which FSDP needs."""
+    config = _write_config(tmp_path, "semantic-fpn", "runner_type = 'FlexibleRunner'\n")
+    strategy = ("strategy.type=SingleDeviceStrategy",)
+    summary = mm_train.run(Options(str(config), work_dir=tmp_path, smoke=True, iterations=1, cfg_options=strategy))
+    assert len(summary.losses) == 1 and "mIoU" in summary.metrics
+
+
+def test_smoke_data_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir()
+        (tmp_path / "data").mkdir(exist_ok=True)  # by another process, in the meantime
+        (tmp_path / "data" / "theirs").touch()
+
+    smoke._once(tmp_path / "data", make)
+    smoke._once(tmp_path / "data", make)
+    assert len(made) == 1 and [path.name for path in tmp_path.rglob("*")] == ["data", "theirs"]
+
+
+def test_smoke_needs_data_to_replace(tmp_path: Path) -> None:
+    config = tmp_path / "own.py"
+    config.write_text("default_scope = 'mmpose'\nmodel = dict()")
+    with pytest.raises(ValueError, match="default_scope mmdet or mmseg, got 'mmpose'"):
+        mm_train.run(Options(str(config), smoke=True))
+    config.write_text("default_scope = 'mmdet'\nmodel = dict()\ntrain_dataloader = dict(dataset=dict(pipeline=[]))")
+    with pytest.raises(ValueError, match="no val_dataloader, test_dataloader"):
+        mm_train.run(Options(str(config), smoke=True))
 
 
 def test_options_change_the_config(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGES = {"train": 8, "val": 2}
+_MODES = {"train": "train", "val": "val", "test": "val"}  # and the images that each uses
 SHRINK = 8
 """Factor by which image sizes of the pipelines fall."""
-_LARGEST = {"nms_pre": 100, "max_per_img": 50, "num": 32}
+_LARGEST = {"nms_pre": 100, "max_per_img": 20, "num": 16}
 """Numbers of proposals, detections and samples of a small run."""
-_SIZES = {"scale", "scales", "crop_size", "size", "stride", "img_scale"}
+_SIZES = {"scale", "scales", "crop_size", "size", "stride"}
 _COLORS = ((220, 60, 60), (60, 200, 80), (70, 90, 230))
 
 
@@ -128,16 +132,18 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
     scope = cfg.get("default_scope")
     if scope not in ("mmdet", "mmseg"):
         raise ValueError(f"--smoke makes data for configs with default_scope mmdet or mmseg, got {scope!r}")
+    if lacking := [f"{mode}_dataloader" for mode in _MODES if not cfg.get(f"{mode}_dataloader")]:
+        raise ValueError(f"--smoke trains and validates, but the config has no {', '.join(lacking)}")
     pipelines = {mode: _pipeline(cfg[f"{mode}_dataloader"].dataset) for mode in ("train", "val")}
     if not full_size:
-        _shrink_sizes(pipelines)
-        _shrink_sizes(cfg.model)
+        _shrink_sizes([pipelines, cfg.model.get("data_preprocessor"), cfg.model.get("test_cfg")])
         _limit(cfg.model)
     size = (160, 120) if not full_size else (1333, 800) if scope == "mmdet" else (683, 512)
+    folder = folder / f"{size[0]}x{size[1]}"
     (_use_coco if scope == "mmdet" else _use_ade)(cfg, folder, size, pipelines)
     if "backbone" in cfg.model and "pretrained" in cfg.model.backbone:
         cfg.model.backbone.pretrained = False
-    for mode in ("train", "val", "test"):
+    for mode in _MODES:
         cfg[f"{mode}_dataloader"].num_workers = 2 if full_size and mode == "train" else 0
         cfg[f"{mode}_dataloader"].persistent_workers = full_size and mode == "train"
     cfg.train_dataloader.sampler = {"type": "InfiniteSampler", "shuffle": True}
@@ -149,6 +155,18 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
     cfg.randomness = {"seed": 0}
 
 
+def _once(folder: Path, make: Callable[[Path], object]) -> None:
+    """Let ``make`` fill a folder, which another process may be doing as well, unless it is there."""
+    if folder.exists():
+        return
+    own = folder.with_name(f".{folder.name}.{os.getpid()}")
+    make(own)
+    try:
+        own.rename(folder)
+    except OSError:  # the other process was faster
+        shutil.rmtree(own)
+
+
 def _pipeline(dataset: Any) -> Any:
     """Of the innermost data set: wrappers that repeat or mix hold one in ``dataset``."""
     return dataset.pipeline if "dataset" not in dataset else _pipeline(dataset.dataset)
@@ -157,26 +175,26 @@ def _pipeline(dataset: Any) -> Any:
 def _use_coco(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str, Any]) -> None:
     from mmdet.datasets import CocoDataset
 
-    files = {
-        mode: make_coco(folder / mode, size, CocoDataset.METAINFO["classes"], images, seed)
-        for seed, (mode, images) in enumerate(IMAGES.items())
-    }
-    for mode, source in (("train", "train"), ("val", "val"), ("test", "val")):
+    classes = CocoDataset.METAINFO["classes"]
+    for seed, (mode, images) in enumerate(IMAGES.items()):
+        _once(folder / mode, partial(make_coco, size=size, names=classes, images=images, seed=seed))
+    for mode, source in _MODES.items():
         cfg[f"{mode}_dataloader"].dataset = {
             "type": "CocoDataset",
-            "ann_file": str(files[source]),
-            "data_prefix": {"img": str(files[source].parent / "images")},
+            "data_root": str(folder / source),
+            "ann_file": "annotations.json",
+            "data_prefix": {"img": "images"},
             "pipeline": pipelines[source],
             "test_mode": mode != "train",
         }
     for mode in ("val", "test"):
-        cfg[f"{mode}_evaluator"] = dict(cfg[f"{mode}_evaluator"], ann_file=str(files["val"]))
+        cfg[f"{mode}_evaluator"] = dict(cfg[f"{mode}_evaluator"], ann_file=str(folder / "val/annotations.json"))
 
 
 def _use_ade(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str, Any]) -> None:
     for seed, (mode, images) in enumerate(IMAGES.items()):
-        make_ade(folder / mode, size, images, seed)
-    for mode, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        _once(folder / mode, partial(make_ade, size=size, images=images, seed=seed))
+    for mode, source in _MODES.items():
         cfg[f"{mode}_dataloader"].dataset = {
             "type": "ADE20KDataset",
             "data_root": str(folder / source),
