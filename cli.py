@@ -98,6 +98,6 @@ def _tyro() -> Any:
     except ImportError as error:
         raise ImportError(
             'the command line needs tyro, which comes with the extras: pip install "subquad[train]"'
-            ' (or "subquad[export]")'
+            ' (or "subquad[export]", "subquad[mm]")'
         ) from error
     return tyro

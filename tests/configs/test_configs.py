@@ -94,6 +94,16 @@ def test_sizes_are_those_that_the_authors_state(stem: str) -> None:
         assert 0.985 * stated < gflops(model, SIZES[name.split("/")[0]]) <= stated
 
 
+def test_configs_of_mmseg_can_be_inherited(tmp_path: Path) -> None:
+    """By mmengine's short names, which look for a distribution of another name."""
+    mmengine = pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]"')
+    pytest.importorskip("mmseg", reason='needs mmseg: pip install "subquad[mm]"')
+    import subquad.heads.openmmlab  # noqa: F401
+
+    (tmp_path / "config.py").write_text("_base_ = ['mmseg::_base_/models/fpn_r50.py']\nmodel = dict(pretrained=None)")
+    assert mmengine.Config.fromfile(tmp_path / "config.py").model.decode_head.type == "FPNHead"
+
+
 def test_every_published_size_has_a_config() -> None:
     assert {re.sub(r".*/(.*?)_(fpn|160k).*", r"\1", name) for name in NAMES} == set(STATED)
 

@@ -9,6 +9,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    constructor="SubquadParamGroups",
     # Parts of names: norms are not decayed, biases and parameters of scans are.
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )

@@ -1,4 +1,4 @@
-"""``SubquadLayerDecay``: which parameter learns how fast, and which is decayed."""
+"""Which parameter learns how fast and is decayed: ``SubquadLayerDecay`` and ``SubquadParamGroups``."""
 
 from __future__ import annotations
 
@@ -120,6 +120,23 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_bad_options(paramwise: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _groups(Detector(SubquadBackbone("test_vmamba")), **paramwise)
+
+
+def test_rules_of_mmengine_in_few_groups() -> None:
+    """The same rates and decays as those of mmengine's constructor, which makes a group of each tensor."""
+    model = Detector(SubquadBackbone("test_vmamba", out_norm=True, frozen_stages=0))
+    paramwise = {"custom_keys": {"norm": {"decay_mult": 0.0}, "neck": {"lr_mult": 0.1}}, "bias_decay_mult": 0.5}
+
+    def options(constructor: str) -> tuple[int, dict[int, tuple[float, float]]]:
+        optimizer = {"type": "AdamW", "lr": LR, "weight_decay": DECAY}
+        cfg = {"optimizer": optimizer, "constructor": constructor, "paramwise_cfg": paramwise}
+        groups = build_optim_wrapper(model, cfg).optimizer.param_groups
+        return len(groups), {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    many, theirs = options("DefaultOptimWrapperConstructor")
+    few, ours = options("SubquadParamGroups")
+    assert ours == theirs
+    assert few == 4 < many == len(theirs)
 
 
 def test_needs_a_backbone_that_it_knows() -> None:

@@ -1,4 +1,4 @@
-"""``SubquadLayerDecay``: learning rates that fall from layer to layer towards the backbone's stem."""
+"""Which parameters learn how fast and are decayed: few groups for the optimizer, learning rates by layer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ from subquad.heads.openmmlab.backbone import SubquadBackbone
 
 _KEYS = {"decay_rate", "decay_type"}
 _TYPES = ("layer_wise", "stage_wise")
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class SubquadParamGroups(DefaultOptimWrapperConstructor):
+    """mmengine's rules (``paramwise_cfg``), with one group for all parameters of the same options.
+
+    mmengine makes a group of each tensor, and an optimizer then runs its kernels for each.
+    """
+
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", **options: Any) -> None:
+        """Append the groups of ``module``'s parameters to ``params``; calls itself for the modules inside."""
+        super().add_params(params, module, prefix=prefix, **options)
+        if prefix:
+            return
+        merged: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = defaultdict(list)
+        for group in params:
+            merged[tuple(sorted((key, value) for key, value in group.items() if key != "params"))] += group["params"]
+        params[:] = [dict(options, params=members) for options, members in merged.items()]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
