@@ -90,6 +90,8 @@ def run(options: Options) -> Summary:
 
     _check(options)
     cfg = load(options)
+    if options.resume and not Path(cfg.work_dir, "last_checkpoint").is_file():
+        raise FileNotFoundError(f"nothing to resume in {cfg.work_dir!r}: it has no last_checkpoint")
     init_default_scope(cfg.get("default_scope", "mmengine"))
     if options.smoke:
         smoke.shrink(cfg, Path(cfg.work_dir) / "smoke", options.iterations, options.full_size)
@@ -144,6 +146,8 @@ def _check(options: Options) -> None:
             raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     if options.resume and options.load_from is not None:
         raise ValueError("resume and load_from exclude each other: both say where to start from")
+    if wrong := [word for word in options.cfg_options if "=" not in word]:
+        raise ValueError(f"cfg_options must be KEY=VALUE, got {wrong[0]!r}")
 
 
 def _check_annotation_files(cfg: Any) -> None:
@@ -208,8 +212,10 @@ def _report(summary: Summary) -> None:
     from mmengine.dist import is_main_process
 
     if is_main_process():
-        record = json.dumps(summary._asdict() | {"work_dir": str(summary.work_dir)}, indent=1)
-        (summary.work_dir / "smoke.json").write_text(record)
+        record = summary._asdict() | {"work_dir": str(summary.work_dir)}
+        if math.isnan(summary.images_per_second):  # JSON has no such number
+            del record["images_per_second"]
+        (summary.work_dir / "smoke.json").write_text(json.dumps(record, indent=1))
         first, last = summary.losses[0], summary.losses[-1]
         print(
             f"smoke: {len(summary.losses)} iterations, loss {first:.4g} to {last:.4g}, "

@@ -134,7 +134,10 @@ class SubquadBackbone(BaseModule):
         """
         if self.checkpoint is not None:
             raw = weights.read_checkpoint(self.checkpoint)
-            state_dict = self.named_as_here(weights.unwrap(raw))
+            try:
+                state_dict = self.named_as_here(weights.unwrap(raw))
+            except ValueError as error:
+                raise ValueError(f"{self.checkpoint}: {error}") from error
         elif self.pretrained:
             source = _create(self.model_name, pretrained=True, **self.model_args)
             state_dict = {f"net.{name}": value for name, value in source.state_dict().items()}
@@ -183,10 +186,10 @@ def _adapt_checkpoint(backbone: SubquadBackbone, state_dict: dict[str, Any], pre
 
     mmengine itself would load what fits and only log the rest.
     """
+    if is_sharded(backbone):
+        return  # FSDP compares for itself, and its state dict is a collective call
     names = [name for name in state_dict if name.startswith(prefix)]
     expected = backbone.state_dict()
-    if any("_fsdp_wrapped_module" in name for name in expected):
-        return
     found = backbone.named_as_here({name.removeprefix(prefix): state_dict[name] for name in names})
     if difference := weights.compare(found, expected):
         where = f"under {prefix!r}" if prefix else "in the checkpoint"
@@ -194,6 +197,11 @@ def _adapt_checkpoint(backbone: SubquadBackbone, state_dict: dict[str, Any], pre
     for name in names:
         del state_dict[name]
     state_dict.update({prefix + name: value for name, value in found.items()})
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has wrapped modules inside, whose parameters are then flat pieces under other names."""
+    return any("_fsdp_wrapped_module" in name for name, _ in module.named_modules())
 
 
 def _create(name: str, **options: Any) -> Any:
@@ -225,6 +233,8 @@ def _check_indices(model: nn.Module, name: str, out_indices: Sequence[int]) -> t
 
 
 def _parameters_of_stages(model: Any, frozen_stages: int) -> frozenset[str]:
+    if frozen_stages == -1:
+        return frozenset()
     layer_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     last = max(layer_of.values())
     if not -1 <= frozen_stages <= last:

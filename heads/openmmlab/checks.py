@@ -27,6 +27,7 @@ class SubquadChecks(Hook):
         model = getattr(runner.model, "module", runner.model)
         check_model(model)
         if is_main_process():  # the others would only ask the same files again
+            # Not the properties: they would build the loops that this run does without.
             for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
                 if hasattr(loop, "dataloader"):
                     check_dataset(loop.dataloader.dataset)
@@ -42,12 +43,12 @@ def check_model(model: nn.Module) -> None:
         return
     neck = getattr(model, "neck", None)
     if neck is not None:
+        neck = neck[0] if isinstance(neck, nn.Sequential) else neck
         _check_channels("neck", neck, backbone, range(len(backbone.channels)))
     else:
-        for name in ("decode_head", "auxiliary_head", "bbox_head"):
+        for name in ("decode_head", "auxiliary_head"):
             for head in _as_list(getattr(model, name, None)):
-                index = getattr(head, "in_index", range(len(backbone.channels)))
-                _check_channels(name, head, backbone, [index] if isinstance(index, int) else index)
+                _check_channels(name, head, backbone, _as_list(head.in_index))
     strides = _strides_of_maps(backbone, neck)
     for name, expected in _expected_strides(model):
         if list(expected) != strides[: len(expected)]:

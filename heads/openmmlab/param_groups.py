@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from timm.models import group_parameters
 from torch import nn
 
-from subquad.heads.openmmlab.backbone import SubquadBackbone
+from subquad.heads.openmmlab.backbone import SubquadBackbone, is_sharded
 
 _KEYS = {"decay_rate", "decay_type"}
 _TYPES = ("layer_wise", "stage_wise")
@@ -50,7 +50,7 @@ class SubquadLayerDecay(DefaultOptimWrapperConstructor):
     of one rate and decay form one group.
 
     Raises:
-        ValueError: for an unknown key, a rate outside (0, 1], or a model without a ``SubquadBackbone``.
+        ValueError: for an unknown key, a rate outside (0, 1], a model without a ``SubquadBackbone`` or behind FSDP.
     """
 
     def _validate_cfg(self) -> None:
@@ -82,6 +82,8 @@ class SubquadLayerDecay(DefaultOptimWrapperConstructor):
         rate = self.paramwise_cfg["decay_rate"]
         coarse = self.paramwise_cfg.get("decay_type") == "stage_wise"
         backbones = [(name, part) for name, part in module.named_modules() if isinstance(part, SubquadBackbone)]
+        if is_sharded(module):
+            raise ValueError("SubquadLayerDecay cannot tell vectors from matrices behind FSDP: use DDP")
         if not backbones:
             raise ValueError(f"SubquadLayerDecay found no SubquadBackbone in {type(module).__name__}")
         scales: dict[str, float] = {}

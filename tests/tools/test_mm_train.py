@@ -283,6 +283,10 @@ def test_bad_options(tmp_path: Path) -> None:
         mm_train.run(Options(config, smoke=True, iterations=0))
     with pytest.raises(ValueError, match="resume and load_from exclude each other"):
         mm_train.run(Options(config, resume=True, load_from=Path(config)))
+    with pytest.raises(FileNotFoundError, match="nothing to resume in"):
+        mm_train.run(Options(config, work_dir=tmp_path, resume=True))
+    with pytest.raises(ValueError, match="cfg_options must be KEY=VALUE, got 'seed'"):
+        mm_train.run(Options(config, cfg_options=("a.b=1", "seed")))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="amp fp16 needs a GPU"):
             mm_train.run(Options(config, amp="fp16"))

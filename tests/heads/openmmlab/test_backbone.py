@@ -196,6 +196,9 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     backbone = SubquadBackbone(NAME, checkpoint=str(tmp_path / "c.pth"))
     with pytest.raises(ValueError, match=rf"c\.pth does not fit {NAME}:\nmissing"):
         backbone.init_weights()
+    torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match=r"empty\.pth: .* holds no tensors"):
+        SubquadBackbone(NAME, checkpoint=str(tmp_path / "empty.pth")).init_weights()
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         SubquadBackbone(NAME, checkpoint=str(tmp_path / "absent.pth")).init_weights()
 

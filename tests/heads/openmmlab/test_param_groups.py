@@ -139,6 +139,13 @@ def test_rules_of_mmengine_in_few_groups() -> None:
     assert few == 4 < many == len(theirs)
 
 
+def test_sharded_parameters_have_no_shape() -> None:
+    model = Detector(SubquadBackbone("test_vmamba"))
+    model.add_module("_fsdp_wrapped_module", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="behind FSDP"):
+        _groups(model, decay_rate=0.9)
+
+
 def test_needs_a_backbone_that_it_knows() -> None:
     with pytest.raises(ValueError, match="no SubquadBackbone in Detector"):
         _groups(Detector(nn.Linear(2, 2)), decay_rate=0.9)
