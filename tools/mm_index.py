@@ -6,6 +6,7 @@ device: nothing is computed, no weights are needed.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ Made by `python -m subquad.tools.mm_index`; a test compares it with the configs.
 
 def build(cfg: Any) -> nn.Module:
     """The model of a config on the meta device, in evaluation mode."""
+    import_module("subquad.heads.openmmlab")  # names the extra if mmengine is not there
     from mmengine.registry import MODELS, init_default_scope
 
-    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine
-
     init_default_scope(cfg.default_scope)
-    __import__(f"{cfg.default_scope}.models")
+    import_module(f"{cfg.default_scope}.models")
     with torch.device("meta"):
         return MODELS.build(cfg.model).eval()
 

@@ -1,9 +1,8 @@
 """Runs a script of MMDetection or MMSegmentation with this library registered first.
 
-Some of their scripts import the models before they read the config, and with it ``custom_imports``:
-
-    python -m subquad.tools.mm_run mmdet/tools/test.py CONFIG CHECKPOINT
-    torchrun --nproc-per-node 8 -m subquad.tools.mm_run mmseg/tools/train.py CONFIG --launcher pytorch
+Some of their scripts import the models before they read the config, and with it ``custom_imports``. So
+``python -m subquad.tools.mm_run mmdet/tools/test.py CONFIG CHECKPOINT``, or under torchrun
+``torchrun --nproc-per-node 8 -m subquad.tools.mm_run mmseg/tools/train.py CONFIG --launcher pytorch``.
 """
 
 from __future__ import annotations

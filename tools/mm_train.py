@@ -1,7 +1,7 @@
 """``subquad mm_train``: train or test a detector or segmentor of OpenMMLab by config, on mmengine's Runner.
 
-python -m subquad.tools.mm_train mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py
-torchrun --nproc-per-node 8 -m subquad.tools.mm_train CONFIG --launcher pytorch
+Also ``python -m subquad.tools.mm_train CONFIG``, and on several GPUs
+``torchrun --nproc-per-node 8 -m subquad.tools.mm_train CONFIG --launcher pytorch``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -83,21 +85,21 @@ def run(options: Options) -> Summary:
         ValueError: a config or data that cannot work; see ``subquad.heads.openmmlab.checks``.
         FloatingPointError: a loss of a smoke run is not finite.
     """
+    _check(options)
+    import_module("subquad.heads.openmmlab")  # before anything of mmdet; names the extra if mmengine is not there
     from mmengine.registry import RUNNERS, init_default_scope
     from mmengine.runner import Runner
 
-    import subquad.heads.openmmlab  # noqa: F401  registers with mmengine, before anything of mmdet is imported
-
-    _check(options)
     cfg = load(options)
     if options.resume and not Path(cfg.work_dir, "last_checkpoint").is_file():
         raise FileNotFoundError(f"nothing to resume in {cfg.work_dir!r}: it has no last_checkpoint")
     init_default_scope(cfg.get("default_scope", "mmengine"))
     if options.smoke:
         smoke.shrink(cfg, Path(cfg.work_dir) / "smoke", options.iterations, options.full_size)
-    _check_annotation_files(cfg)
+    datasets = _datasets(cfg, ("train", "val") if options.test is None else ("test",))
+    _check_annotation_files(datasets)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    with _named_data_errors(cfg):
+    with _named_data_errors(datasets):
         if options.test is not None:
             return Summary(Path(cfg.work_dir), [], runner.test(), math.nan, 0.0)
         runner.train()
@@ -144,47 +146,49 @@ def _check(options: Options) -> None:
     for path in (options.test, options.load_from):
         if path is not None and "://" not in str(path) and not path.is_file():
             raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    if options.resume and options.load_from is not None:
-        raise ValueError("resume and load_from exclude each other: both say where to start from")
+    if sum(map(bool, (options.resume, options.load_from, options.test))) > 1:
+        raise ValueError("resume, load_from and test exclude each other: each says which weights to take")
+    if options.test and options.amp != "no":
+        raise ValueError(f"amp {options.amp} is for training; tests run in the precision of the weights")
+    if not options.smoke and (options.full_size or options.iterations != Options.iterations):
+        raise ValueError("full_size and iterations go with smoke")
     if wrong := [word for word in options.cfg_options if "=" not in word]:
         raise ValueError(f"cfg_options must be KEY=VALUE, got {wrong[0]!r}")
 
 
-def _check_annotation_files(cfg: Any) -> None:
+def _datasets(cfg: Any, modes: Sequence[str]) -> list[Any]:
+    """Configs of the data sets that a run reads, also those inside of wrappers."""
+    loaders = [cfg.get(f"{mode}_dataloader") for mode in modes]
+    parts = smoke.dicts([loader.dataset for loader in loaders if loader])
+    return [part for part in parts if part.keys() & {"ann_file", "data_root"}]
+
+
+def _check_annotation_files(datasets: Sequence[Any]) -> None:
     """Raise an error that names a file of annotations that is missing, empty or not JSON."""
-    for path in sorted(set(_annotation_files(cfg))):
-        if not path.is_file():
-            raise FileNotFoundError(f"annotation file {str(path)!r} does not exist")
-        with path.open("rb") as file:
+    for part in datasets:
+        path = os.path.join(part.get("data_root") or "", part.get("ann_file") or "")
+        if not path.endswith(".json") or "://" in path:
+            continue
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"annotation file {path!r} does not exist")
+        with open(path, "rb") as file:
             start = file.read(64).lstrip()
         if not start.startswith((b"{", b"[")):
-            raise ValueError(f"annotation file {str(path)!r} is {'not JSON' if start else 'empty'}")
+            raise ValueError(f"annotation file {path!r} is {'not JSON' if start else 'empty'}")
 
 
 @contextmanager
-def _named_data_errors(cfg: Any) -> Iterator[None]:
+def _named_data_errors(datasets: Sequence[Any]) -> Iterator[None]:
     """Errors of the data sets' readers say what is wrong, but not with which file, or what it means."""
+    where = ", ".join(sorted({str(part.get("ann_file") or part.get("data_root")) for part in datasets}))
     try:
         yield
     except json.JSONDecodeError as error:
-        raise ValueError(f"one of the annotation files {_listed(cfg)} is not JSON: {error}") from error
+        raise ValueError(f"one of the annotation files {where} is not JSON: {error}") from error
     except ValueError as error:
         if "need at least one array to concatenate" not in str(error):  # mmengine packs no images
             raise
-        raise ValueError(f"no images with annotations in one of the data sets {_listed(cfg)}") from error
-
-
-def _listed(cfg: Any) -> str:
-    return ", ".join(sorted({str(path) for path in _annotation_files(cfg)}))
-
-
-def _annotation_files(cfg: Any) -> Iterator[Path]:
-    for mode in ("train", "val", "test"):
-        loader = cfg.get(f"{mode}_dataloader")
-        for part in smoke.dicts(loader.dataset if loader else None):
-            name = part.get("ann_file") or ""
-            if name.endswith(".json") and "://" not in name + (part.get("data_root") or ""):
-                yield Path(part.get("data_root") or "") / name
+        raise ValueError(f"no images with annotations in one of the data sets {where}") from error
 
 
 def _summary(runner: Any, cfg: Any, smoke_run: bool) -> Summary:

@@ -281,8 +281,10 @@ def test_bad_options(tmp_path: Path) -> None:
         mm_train.run(Options(config, test=Path("absent.pth")))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         mm_train.run(Options(config, smoke=True, iterations=0))
-    with pytest.raises(ValueError, match="resume and load_from exclude each other"):
+    with pytest.raises(ValueError, match="resume, load_from and test exclude each other"):
         mm_train.run(Options(config, resume=True, load_from=Path(config)))
+    with pytest.raises(ValueError, match="full_size and iterations go with smoke"):
+        mm_train.run(Options(config, iterations=50))
     with pytest.raises(FileNotFoundError, match="nothing to resume in"):
         mm_train.run(Options(config, work_dir=tmp_path, resume=True))
     with pytest.raises(ValueError, match="cfg_options must be KEY=VALUE, got 'seed'"):
