@@ -30,7 +30,7 @@ def path(name: str) -> Path:
         FileNotFoundError: for any other name; the message has those that are close.
     """
     file = _ROOT / (name if name.endswith(".py") else f"{name}.py")
-    if not file.is_file() or _ROOT not in file.resolve().parents:
+    if not file.is_file() or Path(name).is_absolute() or ".." in Path(name).parts:
         close = get_close_matches(name, names(), n=3, cutoff=0.4)
         raise FileNotFoundError(f"no config {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     return file

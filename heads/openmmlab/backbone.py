@@ -79,7 +79,7 @@ class SubquadBackbone(BaseModule):
         info = [self.net.feature_info[i] for i in self.out_indices]
         self.channels = tuple(int(level["num_chs"]) for level in info)
         self.strides = tuple(int(level["reduction"]) for level in info)
-        self.net.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
+        _prune(self.net, self.out_indices)
         if with_cp:
             self.net.set_grad_checkpointing(True)
         self.out_norms = nn.ModuleDict(
@@ -230,6 +230,14 @@ def _check_indices(model: nn.Module, name: str, out_indices: Sequence[int]) -> t
     if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= levels:
         raise ValueError(f"out_indices must rise within 0 to {levels - 1}, the levels of {name!r}, got {indices}")
     return indices
+
+
+def _prune(model: Any, out_indices: Sequence[int]) -> None:
+    """Drop what no map needs: DDP waits for the gradient of every parameter."""
+    model.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    for name in [classifiers] if isinstance(classifiers, str) else classifiers:
+        setattr(model, name.split(".")[0], nn.Identity())  # timm before 1.0.31 leaves the norm in some heads
 
 
 def _parameters_of_stages(model: Any, frozen_stages: int) -> frozenset[str]:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("mmdet", reason='needs mmdet and mmseg: pip install "subquad[mm]"')
+pytest.importorskip("albumentations", reason='needs albumentations: pip install "subquad[mm]"')
 
 from subquad import configs
 from subquad.tools import mm_run, mm_train
