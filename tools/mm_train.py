@@ -124,6 +124,9 @@ def load(options: Options) -> Any:
     weights = options.test or options.load_from
     if weights is not None:
         cfg.load_from = str(weights)
+    backbone = cfg.model.get("backbone", {})
+    if (weights is not None or cfg.resume) and backbone.get("type") == "SubquadBackbone":
+        backbone.update(pretrained=False, checkpoint=None)  # nothing to download for weights that are replaced
     hooks = list(cfg.get("custom_hooks") or [])
     if not any(hook["type"] == "SubquadChecks" for hook in hooks):
         cfg.custom_hooks = [*hooks, {"type": "SubquadChecks"}]
@@ -221,10 +224,9 @@ def _report(summary: Summary) -> None:
             del record["images_per_second"]
         (summary.work_dir / "smoke.json").write_text(json.dumps(record, indent=1))
         first, last = summary.losses[0], summary.losses[-1]
-        print(
-            f"smoke: {len(summary.losses)} iterations, loss {first:.4g} to {last:.4g}, "
-            f"{summary.images_per_second:.3g} images/s, peak memory {summary.peak_memory:,.0f} MiB"
-        )
+        speed = "" if math.isnan(summary.images_per_second) else f", {summary.images_per_second:.3g} images/s"
+        memory = f", peak memory {summary.peak_memory:,.0f} MiB" if summary.peak_memory else ""
+        print(f"smoke: {len(summary.losses)} iterations, loss {first:.4g} to {last:.4g}{speed}{memory}")
     if not all(map(math.isfinite, summary.losses)):
         raise FloatingPointError(f"losses of the smoke run are not finite: {summary.losses}")
 
