@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune a model on a folder of images, or on the handwritten digits that come with scikit-learn",
     "export": "write a model as a torch.export program, ONNX, safetensors or a folder that timm loads",
     "convert": "turn an official checkpoint into safetensors with this library's names",
+    "mm_train": "train or test a detector or segmentor of MMDetection or MMSegmentation by config",
     "benchmark": "time ops or models beside their peers, after checking that they compute the same",
 }
 
@@ -97,6 +98,6 @@ def _tyro() -> Any:
     except ImportError as error:
         raise ImportError(
             'the command line needs tyro, which comes with the extras: pip install "subquad[train]"'
-            ' (or "subquad[export]")'
+            ' (or "subquad[export]", "subquad[mm]")'
         ) from error
     return tyro

@@ -19,6 +19,8 @@ import subquad
 
 # Nothing in them is part of the installed package.
 NOT_SHIPPED = ("tests/", ".")
+# Forks whose insides the stand-in for compiled operators relies on; a name with a successor under another licence.
+BOUNDED = ("onedl-", "albumentations")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_works_without_triton_and_without_extras(pyproject: dict[str, Any]) -> N
     """triton exists on Linux only, and what the extras bring is not there after a plain install."""
     requirements = chain.from_iterable(pyproject["project"]["optional-dependencies"].values())
     names = {re.split(r"[\[<>=!~ ;]", requirement)[0].replace("-", "_") for requirement in requirements}
-    absent = sorted((names | {"triton", "sklearn"}) - {"subquad", "setuptools"})
+    absent = sorted((names | {"triton", "sklearn", "mmcv", "mmengine", "mmdet", "mmseg"}) - {"subquad", "setuptools"})
     program = textwrap.dedent(f"""
         import sys
 
@@ -98,4 +100,5 @@ def test_works_without_triton_and_without_extras(pyproject: dict[str, Any]) -> N
 def test_no_dependency_has_an_upper_bound_and_triton_is_none(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
     requirements = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
-    assert [r for r in requirements if re.search(r"<|==|~=", r) or r.startswith("triton")] == []
+    free = [r for r in requirements if not r.startswith(BOUNDED)]
+    assert [r for r in free if re.search(r"<|==|~=", r) or r.startswith("triton")] == []

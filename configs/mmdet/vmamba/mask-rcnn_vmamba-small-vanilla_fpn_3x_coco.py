@@ -1,0 +1,14 @@
+# VMamba-S (first version), Mask R-CNN 3x multi-scale: box AP 49.7, mask AP 44.0.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+# Their config inherits this rate of stochastic depth from that of Swin-T.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_multi-scale.py",
+    "../_base_/schedules/adamw_3x.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=49.7, mask_ap=44.0)
+model = dict(
+    backbone=dict(model_name="vmamba_small_vanilla", drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,13 @@
+# VMamba-T[s1l8], Mask R-CNN 3x multi-scale: box AP 48.8, mask AP 43.7.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_multi-scale.py",
+    "../_base_/schedules/adamw_3x.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=48.8, mask_ap=43.7)
+model = dict(
+    backbone=dict(model_name="vmamba_tiny", drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,15 @@
+# VMamba-T (first version), UperNet 160k: mIoU 47.3, multi-scale 48.3.
+# Settings: the authors' config; result: the README of github.com/MzeroMiko/VMamba.
+# Their config inherits this rate of stochastic depth from that of Swin-T.
+_base_ = [
+    "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/adamw_160k.py",
+    "../_base_/runtime.py",
+]
+published = dict(miou=47.3, miou_multi_scale=48.3)
+model = dict(
+    backbone=dict(model_name="vmamba_tiny_vanilla", drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

@@ -1,0 +1,168 @@
+"""What can be known to fail before the first iteration: channels, strides, annotations, missing files."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import nn
+
+from subquad.heads.openmmlab.backbone import SubquadBackbone
+from subquad.heads.openmmlab.neck import SimpleFeaturePyramid
+
+_SHOWN = 5
+
+
+@HOOKS.register_module()
+class SubquadChecks(Hook):
+    """Checks the model and the data before a run starts; see ``check_model`` and ``check_dataset``."""
+
+    def before_run(self, runner: Any) -> None:
+        """Called by the Runner before weights are loaded and before the first iteration."""
+        model = getattr(runner.model, "module", runner.model)
+        check_model(model)
+        if is_main_process():  # the others would only ask the same files again
+            # Not the properties: they would build the loops that this run does without.
+            for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+                if hasattr(loop, "dataloader"):
+                    check_dataset(loop.dataloader.dataset)
+
+
+# The model -----------------------------------------------------------------------------------------------------
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError if neck or heads expect other channels or strides than the ``SubquadBackbone`` gives."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, SubquadBackbone):
+        return
+    neck = getattr(model, "neck", None)
+    if neck is not None:
+        neck = neck[0] if isinstance(neck, nn.Sequential) else neck
+        _check_channels("neck", neck, backbone, range(len(backbone.channels)))
+    else:
+        for name in ("decode_head", "auxiliary_head"):
+            for head in _as_list(getattr(model, name, None)):
+                _check_channels(name, head, backbone, _as_list(head.in_index))
+    strides = _strides_of_maps(backbone, neck)
+    for name, expected in _expected_strides(model):
+        if list(expected) != strides[: len(expected)]:
+            raise ValueError(
+                f"{name} expects maps of strides {list(expected)}, {backbone.model_name} with out_indices"
+                f" {backbone.out_indices} and this neck gives {strides}"
+            )
+
+
+def _check_channels(name: str, part: Any, backbone: SubquadBackbone, index: Sequence[int]) -> None:
+    if not hasattr(part, "in_channels"):
+        return
+    if max(index) >= len(backbone.channels):
+        raise ValueError(f"in_index {list(index)} of {name}: the backbone returns {len(backbone.channels)} maps")
+    given = [backbone.channels[i] for i in index]
+    wanted = _as_list(part.in_channels)
+    if isinstance(part, SimpleFeaturePyramid):
+        given = given[-1:]
+    if getattr(part, "input_transform", None) == "resize_concat":  # mmseg's heads then hold the sum
+        given, wanted = [sum(given)], [sum(wanted)]
+    if given != wanted:
+        raise ValueError(
+            f"{name} ({type(part).__name__}) takes {wanted} channels, {backbone.model_name} with out_indices"
+            f" {backbone.out_indices} gives {given}: set {name}.in_channels"
+        )
+
+
+def _strides_of_maps(backbone: SubquadBackbone, neck: Any) -> list[int]:
+    """Of the maps behind the neck, with further ones doubling."""
+    strides = list(backbone.strides)
+    if isinstance(neck, SimpleFeaturePyramid):
+        strides = [int(strides[-1] / scale) for scale in neck.scales]
+    strides = strides[getattr(neck, "start_level", 0) :]
+    while len(strides) < 8:
+        strides.append(2 * strides[-1])
+    return strides
+
+
+def _expected_strides(model: Any) -> Iterator[tuple[str, Sequence[int]]]:
+    for name in ("rpn_head", "bbox_head"):
+        generator = getattr(getattr(model, name, None), "prior_generator", None)
+        if generator is not None:
+            yield f"{name}.anchor_generator", [stride[0] for stride in generator.strides]
+    roi_head = getattr(model, "roi_head", None)
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        for extractor in _as_list(getattr(roi_head, name, None)):
+            yield f"roi_head.{name}", extractor.featmap_strides
+    for head in _as_list(getattr(model, "decode_head", None)):
+        if hasattr(head, "feature_strides"):
+            yield "decode_head", head.feature_strides
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple | nn.ModuleList) else [value]
+
+
+# The data ------------------------------------------------------------------------------------------------------
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise an error that names the files if a data set of mmdet or mmseg cannot be read to its end.
+
+    Folders are listed once, instead of asking for each file; files that are not on a disk are left to their reader.
+
+    Raises:
+        ValueError: no images with annotations, an object without the mask that the pipeline loads, or an empty file.
+        FileNotFoundError: a missing image or label map.
+    """
+    for part in _parts(dataset):
+        part.full_init()
+        where = getattr(part, "ann_file", None) or part.data_prefix
+        infos = [part.get_data_info(i) for i in range(len(part))]
+        if not infos:
+            raise ValueError(f"no images with annotations in {where!r}: is it empty, or of other classes?")
+        if any(getattr(step, "with_mask", False) for step in part.pipeline.transforms):
+            bare = [i["img_path"] for i in infos if any("mask" not in each for each in i.get("instances", ()))]
+            if bare:
+                raise ValueError(f"{where!r} has annotations without a mask: {_some(bare)}")
+        paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if info.get(key)]
+        _check_files(paths, where)
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """The datasets inside of wrappers that concatenate or repeat."""
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            yield from _parts(part)
+    elif hasattr(dataset, "dataset"):
+        yield from _parts(dataset.dataset)
+    elif hasattr(dataset, "get_data_info"):
+        yield dataset
+
+
+def _check_files(paths: list[str], where: Any) -> None:
+    folders: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        if "://" not in path:
+            folder, name = os.path.split(path)
+            folders[folder].add(name)
+    missing, empty = [], []
+    for folder, names in folders.items():
+        found = {}
+        if os.path.isdir(folder):
+            found = {entry.name: entry for entry in os.scandir(folder) if entry.name in names}
+        missing += [os.path.join(folder, name) for name in sorted(names - set(found))]
+        empty += [entry.path for entry in found.values() if entry.stat().st_size == 0]
+    for kind, files in ((FileNotFoundError, missing), (ValueError, empty)):
+        if files:
+            state = "missing" if files is missing else "empty"
+            raise kind(f"files of {where!r} are {state}: {_some(files)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,115 @@
+"""Every shipped config: found by name, complete, builds its model on the meta device, and is in the index."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from subquad import configs
+
+NAMES = configs.names()
+
+# What the authors' README states for the whole detector or segmentor: millions of parameters, and GFLOPs where they
+# count the scan as this library does.
+STATED = {
+    "mask-rcnn_vmamba-tiny": (50, 271),
+    "mask-rcnn_vmamba-tiny-s2l5": (50, 270),
+    "mask-rcnn_vmamba-small": (70, None),
+    "mask-rcnn_vmamba-base": (108, 485),
+    "mask-rcnn_vmamba-tiny-vanilla": (42, None),
+    "mask-rcnn_vmamba-small-vanilla": (64, None),
+    "mask-rcnn_vmamba-base-vanilla": (96, None),
+    "upernet_vmamba-tiny": (62, 949),
+    "upernet_vmamba-tiny-s2l5": (62, 948),
+    "upernet_vmamba-small": (82, 1028),
+    "upernet_vmamba-base": (122, 1170),
+    "upernet_vmamba-tiny-vanilla": (55, None),
+    "upernet_vmamba-small-vanilla": (76, None),
+    "upernet_vmamba-base-vanilla": (110, None),
+}
+
+
+@cache
+def _config(name: str) -> Any:
+    return pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]"').Config.fromfile(
+        configs.path(name)
+    )
+
+
+@cache
+def _model(name: str) -> nn.Module:
+    pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
+    from subquad.tools.mm_index import build
+
+    return build(_config(name))
+
+
+def test_paths() -> None:
+    name = "mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py"
+    assert name in NAMES and not any("_base_" in name for name in NAMES)
+    assert configs.path(name) == configs.path(name.removesuffix(".py"))
+    assert configs.path(name) == Path(configs.__file__).parent / name
+    with pytest.raises(FileNotFoundError, match=r"did you mean mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco\.py"):
+        configs.path("mmdet/vmamba/mask-rcnn_vmamba-tiny_1x_coco.py")
+    for name in ("../cli.py", "", str(Path(__file__))):
+        with pytest.raises(FileNotFoundError, match="no config"):
+            configs.path(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config(name: str) -> None:
+    """Parses, inherits from its own folder only, states results and their source, and its model fits together."""
+    from subquad.heads.openmmlab.checks import check_model
+
+    text = configs.path(name).read_text()
+    assert len(text.splitlines()) <= 15
+    assert "::" not in text
+    cfg = _config(name)
+    assert cfg.custom_imports["imports"] == ["subquad.heads.openmmlab"]
+    results, source = text.splitlines()[:2]
+    assert [float(number) for number in re.findall(r"\d+\.\d", results)] == list(cfg.published.values())
+    assert "github.com/" in source
+    model: Any = _model(name)
+    check_model(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert cfg.model.backbone.model_name.replace("_", "-") in name
+    drop = max(getattr(m, "drop_prob", 0) or 0 for m in model.backbone.modules())
+    assert drop == pytest.approx(cfg.model.backbone.drop_path_rate)
+
+
+@pytest.mark.parametrize("stem", STATED)
+def test_sizes_are_those_that_the_authors_state(stem: str) -> None:
+    from subquad.tools.mm_index import SIZES, gflops
+
+    name = next(name for name in NAMES if re.search(rf"/{stem}_(fpn_1x|160k)", name))
+    model = _model(name)
+    parameters, stated = STATED[stem]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == parameters
+    if stated is not None:  # they add what norms and activations cost
+        assert 0.985 * stated < gflops(model, SIZES[name.split("/")[0]]) <= stated
+
+
+def test_configs_of_mmseg_can_be_inherited(tmp_path: Path) -> None:
+    """By mmengine's short names, which look for a distribution of another name."""
+    mmengine = pytest.importorskip("mmengine", reason='needs mmengine: pip install "subquad[mm]"')
+    pytest.importorskip("mmseg", reason='needs mmseg: pip install "subquad[mm]"')
+    import subquad.heads.openmmlab  # noqa: F401
+
+    (tmp_path / "config.py").write_text("_base_ = ['mmseg::_base_/models/fpn_r50.py']\nmodel = dict(pretrained=None)")
+    assert mmengine.Config.fromfile(tmp_path / "config.py").model.decode_head.type == "FPNHead"
+
+
+def test_every_published_size_has_a_config() -> None:
+    assert {re.sub(r".*/(.*?)_(fpn|160k).*", r"\1", name) for name in NAMES} == set(STATED)
+
+
+def test_index_is_up_to_date() -> None:
+    pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
+    from subquad.tools import mm_index
+
+    assert mm_index.INDEX.read_text() == mm_index.table(), "run `python -m subquad.tools.mm_index`"

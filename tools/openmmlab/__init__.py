@@ -1,0 +1,1 @@
+"""What ``subquad mm_train`` is made of besides mmengine's Runner."""
