@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad.backbones import vmamba
+from subquad.backbones import layers
 from subquad.ops.selective_scan import ScanCall, torch_impl
 from subquad.tools import benchmark
 from subquad.tools.benchmark import ModelsOptions, OpsOptions
@@ -383,14 +383,14 @@ def test_a_wrong_model_gets_no_time(quick: dict[str, Any], monkeypatch: pytest.M
 def test_core_off_skips_the_op_and_puts_it_back() -> None:
     system = systems.core_off("test_vmamba")
     model = system.build(32, CPU)
-    real = vmamba.selective_scan
+    real = layers.selective_scan
     with system.context(model):
         x = torch.randn(1, 2, 2, 3)
-        off: Any = vmamba.selective_scan
+        off: Any = layers.selective_scan
         assert off(x, out_dtype=torch.float64).dtype == torch.float64
         assert torch.equal(off(x), x)
         model(torch.randn(1, 3, 32, 32))
-    assert vmamba.selective_scan is real
+    assert layers.selective_scan is real
 
 
 def test_plan_of_a_sweep() -> None:
