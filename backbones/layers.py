@@ -3,7 +3,7 @@
 # Annotations are not postponed here: TorchScript reads those of the functions and methods.
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from subquad.backbones.base import Factory, StageSpec
 from subquad.ops import selective_scan
 from subquad.ops.selective_scan import ROUTES
 
@@ -119,11 +120,29 @@ def scan_rank(dim: int, dt_rank: int | Literal["auto"]) -> int:
     return math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
 
 
+def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | str) -> None:
+    """Raises ValueError, naming the option, if a scan of ``ssm_ratio * dim`` channels cannot be built."""
+    if d_state < 1:
+        raise ValueError(f"d_state must be at least 1, got {d_state}")
+    if int(ssm_ratio * dim) < 1:
+        raise ValueError(f"ssm_ratio must be positive, got {ssm_ratio}")
+    if dt_rank != "auto" and not (isinstance(dt_rank, int) and dt_rank >= 1):
+        raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
+
+
 class WideLayerNorm(nn.LayerNorm):
     """LayerNorm in the dtype of its input, which may be wider than that of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class MapConv2d(nn.Conv2d):
+    """Convolution of a channels-last map (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # It sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
+        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
 
 
 # Stems and downsampling of VMamba's frame ------------------------------------------------------------------------
@@ -187,12 +206,66 @@ class PatchMerging(nn.Module):
 STEMS = {"conv": ConvStem, "patch": PatchStem}
 """Upstream's patch embeddings v2 and v1."""
 
-DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {
+DOWNSAMPLES: dict[str, Factory] = {
     "conv": ConvDownsample,
     "patch": partial(ConvDownsample, kernel_size=2),
     "merge": PatchMerging,
 }
 """Upstream's v3, v2 and v1."""
+
+
+def stage_dims(depths: Sequence[int], dims: int | Sequence[int]) -> list[int]:
+    """Channels of each stage, doubling from stage to stage if only the first is given.
+
+    Raises:
+        ValueError: if depths and channels are not positive or not of one length.
+    """
+    every = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+    if len(every) != len(depths) or not depths or min(depths) < 1 or min(every) < 2:
+        raise ValueError(f"depths and dims must be positive and of one length, got depths={depths}, dims={every}")
+    return every
+
+
+def frame(
+    depths: Sequence[int],
+    dims: Sequence[int],
+    blocks: Sequence[Factory],
+    stem: str,
+    downsample: str,
+    patch_norm: bool,
+    in_chans: int,
+    device: Any,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Arguments of ``Pyramid`` for a model in VMamba's frame: stages of 4, 8, 16, ... pixels behind a stem.
+
+    Args:
+        depths, dims, blocks: number of blocks, channels and block factory of each stage.
+        stem: one of ``STEMS``; ``patch_norm`` says whether it has norms.
+        downsample: one of ``DOWNSAMPLES``.
+
+    Raises:
+        ValueError: for an unknown stem or downsampling, or no input channels.
+    """
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}, expected one of {list(STEMS)}")
+    if downsample not in DOWNSAMPLES:
+        raise ValueError(f"unknown downsample {downsample!r}, expected one of {list(DOWNSAMPLES)}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    stages = [
+        StageSpec(dim, depth, 4 * 2**i, block, DOWNSAMPLES[downsample] if i else None)
+        for i, (dim, depth, block) in enumerate(zip(dims, depths, blocks, strict=True))
+    ]
+    return {
+        "stem": STEMS[stem](in_chans, dims[0], patch_norm, device=device, dtype=dtype),
+        "stages": stages,
+        "norm": partial(nn.LayerNorm, eps=1e-5),
+        "in_chans": in_chans,
+        "device": device,
+        "dtype": dtype,
+    }
+
 
 # Upstream's names of a model in VMamba's frame to those of ``Pyramid``, in order; blocks keep upstream's ``op``.
 FRAME_NAMES: list[tuple[str, str | None]] = [

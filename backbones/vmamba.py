@@ -16,16 +16,18 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.base import Pyramid, StageSpec
+from subquad.backbones.base import Pyramid
 from subquad.backbones.layers import (
-    DOWNSAMPLES,
     FRAME_NAMES,
-    STEMS,
+    MapConv2d,
     ScanParameters,
     WideLayerNorm,
+    check_scan_sizes,
     fit_scan_weights,
+    frame,
     scan_rank,
     scan_routes,
+    stage_dims,
 )
 from subquad.backbones.registry import register_variants
 from subquad.ops.selective_scan import CROSS, ROUTES
@@ -68,7 +70,7 @@ class SS2D(ScanParameters):
         self.routes = [ROUTES[route] for route in CROSS]
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
-        self.conv = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias, **dd)
+        self.conv = MapConv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias, **dd)
         self.out_norm = WideLayerNorm(inner, eps=1e-5, **dd)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -79,9 +81,7 @@ class SS2D(ScanParameters):
         if self.gate_proj is not None:
             gate = F.silu(self.gate_proj(x))
         x = self.in_proj(x)
-        # The convolution sees the same memory as a channels-last (B, E, H, W), and mostly answers in that format.
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = F.silu(x).contiguous()
+        x = F.silu(self.conv(x)).contiguous()
         dt, B, C = self.project(x, 0, len(self.routes))
         y, _ = scan_routes(x, dt, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias, self.routes)
         y = self.out_act(self.out_norm(y).type_as(x))
@@ -157,12 +157,12 @@ class VMamba(Pyramid):
         dtype: Any = None,
         **pyramid: Any,
     ) -> None:
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        _check_sizes(depths, dims, d_state, ssm_ratio, dt_rank, kernel_size, mlp_ratio, in_chans)
-        if stem not in STEMS:
-            raise ValueError(f"unknown stem {stem!r}, expected one of {list(STEMS)}")
-        if downsample not in DOWNSAMPLES:
-            raise ValueError(f"unknown downsample {downsample!r}, expected one of {list(DOWNSAMPLES)}")
+        dims = stage_dims(depths, dims)
+        check_scan_sizes(min(dims), d_state, ssm_ratio, dt_rank)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio must not be negative, got {mlp_ratio}")
         block = partial(
             VMambaBlock,
             mlp_ratio=mlp_ratio,
@@ -175,45 +175,13 @@ class VMamba(Pyramid):
             out_act=out_act,
         )
         super().__init__(
-            stem=STEMS[stem](in_chans, dims[0], patch_norm, device=device, dtype=dtype),
-            stages=[
-                StageSpec(
-                    dim, depth, reduction=4 * 2**i, block=block, downsample=DOWNSAMPLES[downsample] if i else None
-                )
-                for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
-            ],
-            norm=partial(nn.LayerNorm, eps=1e-5),
-            in_chans=in_chans,
-            device=device,
-            dtype=dtype,
+            **frame(depths, dims, [block] * len(dims), stem, downsample, patch_norm, in_chans, device, dtype),
             **pyramid,
         )
 
     def no_weight_decay(self) -> set[str]:
         """The skip weights, which the official training kept as a vector; it decayed ``A_log`` and ``dt_bias``."""
         return {name for name, _ in self.named_parameters() if name.endswith(".D")}
-
-
-def _check_sizes(
-    depths: Sequence[int],
-    dims: Sequence[int],
-    d_state: int,
-    ssm_ratio: float,
-    dt_rank: int | str,
-    kernel_size: int,
-    mlp_ratio: float,
-    in_chans: int,
-) -> None:
-    if len(dims) != len(depths) or not depths or min(depths) < 1 or min(dims) < 2:
-        raise ValueError(f"depths and dims must be positive and of one length, got depths={depths}, dims={dims}")
-    if d_state < 1 or in_chans < 1:
-        raise ValueError(f"d_state and in_chans must be at least 1, got d_state={d_state}, in_chans={in_chans}")
-    if int(ssm_ratio * min(dims)) < 1 or mlp_ratio < 0:
-        raise ValueError(f"ssm_ratio must be positive and mlp_ratio not negative, got {ssm_ratio} and {mlp_ratio}")
-    if dt_rank != "auto" and not (isinstance(dt_rank, int) and dt_rank >= 1):
-        raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
 
 
 # Weights ---------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_readme_python_runs(number: int) -> None:
 
 def test_readme_lists_every_released_model() -> None:
     ours = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("subquad.")]
-    released = {name for name in ours if timm.models.is_model_pretrained(name)}
+    released = {name for name in ours if not name.startswith("test_")}
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", README, re.MULTILINE)
     assert {name for name, _ in rows} == released
     for name, parameters in rows:
