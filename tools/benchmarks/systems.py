@@ -103,7 +103,16 @@ def _hand_through_scan(x: Tensor, *args: Any, out_dtype: torch.dtype | None = No
     return (y, None) if kwargs.get("return_last_state") else y
 
 
-_HAND_THROUGH: dict[str, Callable[..., Any]] = {"selective_scan": _hand_through_scan}
+def _hand_through_attention(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any
+) -> Tensor:
+    return v.to(out_dtype or v.dtype)
+
+
+_HAND_THROUGH: dict[str, Callable[..., Any]] = {
+    "gated_linear_attention": _hand_through_attention,
+    "selective_scan": _hand_through_scan,
+}
 """For each op that a model may be built on, what takes its place."""
 
 
