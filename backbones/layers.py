@@ -12,9 +12,26 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from subquad.backbones.base import Factory, StageSpec
+from subquad.backbones.base import Factory, StageSpec, resample_position
 from subquad.ops import selective_scan
 from subquad.ops.selective_scan import ROUTES
+
+
+def position_map(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embedding (1, N, C) of an official file as a map (1, height, width, C), resampled if need be.
+
+    N positions that are neither as many as the map's nor those of a square are left for the loader to report, as is a
+    map that is one already.
+    """
+    if positions.dim() != 3:
+        return positions
+    side = math.isqrt(positions.shape[1])
+    if positions.shape[1] == height * width:
+        positions = positions.unflatten(1, (height, width))
+    elif side * side == positions.shape[1]:
+        positions = resample_position(positions.unflatten(1, (side, side)), height, width)
+    return positions
+
 
 # Scans -----------------------------------------------------------------------------------------------------------
 

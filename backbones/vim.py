@@ -19,9 +19,9 @@ from timm.models import generate_default_cfgs, register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.base import Isotropic, resample_position
+from subquad.backbones.base import Isotropic
 from subquad.backbones.images import check_image_size
-from subquad.backbones.layers import ScanParameters, scan_rank, scan_routes
+from subquad.backbones.layers import ScanParameters, position_map, scan_rank, scan_routes
 from subquad.backbones.registry import register_variants
 from subquad.ops.selective_scan import ROUTES
 
@@ -363,13 +363,7 @@ def _split_positions(ours: dict[str, Tensor], model: Any) -> None:
         if model.prefix_tokens is not None:
             ours["prefix_tokens"], ours["pos_embed_prefix"] = token, positions[:, at : at + 1]
         positions = torch.cat([positions[:, :at], positions[:, at + 1 :]], dim=1)
-    height, width = model.pos_embed.shape[1:3]
-    side = math.isqrt(positions.shape[1])
-    if positions.shape[1] == height * width:
-        positions = positions.unflatten(1, (height, width))
-    elif side * side == positions.shape[1]:
-        positions = resample_position(positions.unflatten(1, (side, side)), height, width)
-    ours["pos_embed"] = positions
+    ours["pos_embed"] = position_map(positions, *model.pos_embed.shape[1:3])
 
 
 _HUB = "https://huggingface.co/hustvl/"

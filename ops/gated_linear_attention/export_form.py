@@ -33,7 +33,10 @@ def export_form(*args: Any) -> Tensor:
     gates = torch.cat([_chunks(decays[:, :, 0]), _chunks(decays[:, :, 1])], dim=3)  # (n, B, H, 2 c, d_k)
 
     sums = exponent_sums(CHUNK, working, q.device)
-    inner, backward_inner, outer, backward_outer, pairs = sums.split([CHUNK] * 4 + [CHUNK**2])
+    # Cloned, because scan takes two views of one tensor for a mutation.
+    inner, backward_inner, outer, backward_outer, pairs = (
+        part.clone() for part in sums.split([CHUNK] * 4 + [CHUNK**2])
+    )
     both = 1 + torch.eye(CHUNK, dtype=working, device=q.device)
     start = torch.zeros_like(k[0, :, :, :1].mT * v[0, :, :, :1])  # (B, H, d_k, d_v)
     forwards = scan(_step_with_pairs, (start,), (q, k, v, gates), (inner, outer, pairs, both))[1]
