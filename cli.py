@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune a model on a folder of images, or on the handwritten digits that come with scikit-learn",
     "export": "write a model as a torch.export program, ONNX, safetensors or a folder that timm loads",
     "convert": "turn an official checkpoint into safetensors with this library's names",
+    "models": "list the models with parameters, GFLOPs, accuracy, paper and licence",
     "benchmark": "time ops or models beside their peers, after checking that they compute the same",
 }
 

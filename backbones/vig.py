@@ -348,7 +348,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "mit",
         "notes": (
             "The authors' files are in https://huggingface.co/hustvl/ViG; `subquad convert` reads them.",
-            "MIT is the licence of the official code; none is stated for the weights.",
+            "MIT is the licence of the official code.",
         ),
         "origin_url": "https://github.com/hustvl/ViG",
         "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",

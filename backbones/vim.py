@@ -382,6 +382,7 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
             first_conv="stem.conv",
             classifier="head",
             license="apache-2.0",
+            notes=("Apache-2.0 is the licence of the official code; the pages of the weights repeat it.",),
             origin_url="https://github.com/hustvl/Vim",
             paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
             paper_ids="arXiv:2401.09417",

@@ -44,7 +44,7 @@ def test_mixer_is_a_recurrence_over_tokens_with_a_local_branch() -> None:
 
 
 def test_isotropic_models_halve_in_eval_alone() -> None:
-    """So small activations, beside which the eps of the norm counts, differ from training to eval; large ones do not."""
+    """So small activations, beside which the eps of the norm counts, differ from training to eval, large ones not."""
     model = ViG(**TINY)
     mixer = model.blocks[0].mixer
     x = torch.randn(1, 3, 3, 32)
