@@ -185,12 +185,12 @@ class ConvStem(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd) if norm else nn.Identity()
         self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.conv2 = MapConv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm2(self.conv2(x))
 
 
 class ConvDownsample(nn.Module):
@@ -198,11 +198,11 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
+        self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(x))
 
 
 class PatchMerging(nn.Module):

@@ -219,14 +219,8 @@ class Vim(Isotropic):
             dim=dim, depth=depth, patch_size=patch_size, stride=stride, d_state=d_state, expand=expand,
             kernel_size=kernel_size, in_chans=in_chans, dt_rank=1 if dt_rank == "auto" else dt_rank,
         )  # fmt: skip
-        if min(height, width) < patch_size:
-            raise ValueError(f"img_size must be at least patch_size = {patch_size}, got {img_size}")
-        grid = ((height - patch_size) // stride + 1, (width - patch_size) // stride + 1)
-        if class_token not in ("middle", None) and not 0 <= int(class_token) <= grid[0] * grid[1]:
-            raise ValueError(
-                f"class_token must be 'middle', None or from 0 to {grid[0] * grid[1]}, the number of patches, "
-                f"got {class_token!r}"
-            )
+        grid = _grid(height, width, patch_size, stride)
+        _check_class_token(class_token, grid[0] * grid[1])
         norm = partial(nn.RMSNorm if rms_norm else nn.LayerNorm, eps=1e-5)
         block = partial(
             VimBlock,
@@ -276,11 +270,9 @@ class Vim(Isotropic):
 
     def no_weight_decay(self) -> set[str]:
         """As in the official training: tokens, positions, decays and skips, and the biases that are matrices here."""
-        exempt = ("A_log", "D", "dt_bias", "conv_bias")
+        exempt = ("A_log", "D", "dt_bias", "conv_bias", "pos_embed_prefix")
         names = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in exempt}
-        return (
-            super().no_weight_decay() | names | ({"pos_embed_prefix"} if self.pos_embed_prefix is not None else set())
-        )
+        return super().no_weight_decay() | names
 
     def join_tokens(self, x: Tensor) -> Tensor:
         """Map (B, H, W, dim) to tokens, with the class token at its place."""
@@ -303,6 +295,19 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
+
+
+def _grid(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+    if min(height, width) < patch_size:
+        raise ValueError(f"img_size must be at least patch_size = {patch_size}, got {(height, width)}")
+    return (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
+
+
+def _check_class_token(place: str | int | None, patches: int) -> None:
+    if place not in ("middle", None) and not (isinstance(place, int) and 0 <= place <= patches):
+        raise ValueError(
+            f"class_token must be 'middle', None or from 0 to {patches}, the number of patches, got {place!r}"
+        )
 
 
 # Weights ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ A system is one file ``systems/<name>.py`` with
 * ``LEGACY_NAMES``: where an older release had other names, renames from the current ones;
 * ``probes(model)``: upstream module name to a module of ours with the same output;
 * where small fill cases need it, ``upstream_shapes(constructor)``: upstream's names and shapes;
-* where something else than stage maps was recorded, ``outputs(model, image, norms)``: recorded name to our value.
+* where something else than stage maps was recorded, ``outputs(model, image, maps)``: recorded name to our value, with
+  the maps of stages as ``stage<i>`` and behind a detection backbone's norms as ``det<i>``.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
         module.register_forward_hook(lambda _module, _args, output, name=name: seen.update({f"probe/{name}": output}))
     image = recorded["input"].to(dtype)
     seen["out/logits"] = model(image)
-    outputs = getattr(case.system, "outputs", _stage_maps)
-    seen |= {f"out/{name}": value for name, value in outputs(model, image, _by_stage(case.system, norms)).items()}
+    maps = _stage_maps(model, image, _by_stage(case.system, norms))
+    outputs = case.system.outputs(model, image, maps) if hasattr(case.system, "outputs") else maps
+    seen |= {f"out/{name}": value for name, value in outputs.items()}
     compared = set()
     for name in [key for key in recorded if key.endswith("_triple")]:
         output, triple = seen[name.removesuffix("_triple")], recorded[name]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.backbones.vig import HierarchicalViG, ViG
@@ -129,20 +128,15 @@ def probes(model: nn.Module) -> dict[str, nn.Module]:
     return {}
 
 
-def outputs(model: Any, image: Tensor, norms: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def outputs(model: Any, image: Tensor, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stage maps, normed where upstream was the detection backbone; patches and tokens of the isotropic models."""
     if isinstance(model, HierarchicalViG):
-        maps = {f"stage{i}": map_ for i, map_ in enumerate(model.forward_intermediates(image, intermediates_only=True))}
-        for i, norm in norms.items():
-            tokens = maps[f"stage{i}"].permute(0, 2, 3, 1)
-            normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
-            maps[f"stage{i}"] = maps["logits"] = normed.permute(0, 3, 1, 2)
-        return maps
-    final, taps = model.forward_intermediates(image, indices=[0, len(model.blocks) - 1])
+        normed = {name.replace("det", "stage"): value for name, value in maps.items() if name.startswith("det")}
+        return {**maps, **normed} | ({"logits": normed["stage3"]} if normed else {})
     seen = {
         "patch_embed": model.stem(image).permute(0, 3, 1, 2),
-        "block0": taps[0],
-        "last_block": taps[-1],
-        "norm": final.mT.unflatten(2, taps[-1].shape[2:]),
+        "block0": maps["stage0"],
+        "last_block": maps[f"stage{len(model.blocks) - 1}"],
+        "norm": model.forward_features(image).mT.unflatten(2, maps["stage0"].shape[2:]),
     }
     return seen | {f"stage{i}": value for i, value in enumerate(seen.values())}

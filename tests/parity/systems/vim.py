@@ -93,7 +93,7 @@ def probes(model: nn.Module) -> dict[str, nn.Module]:
     return {}
 
 
-def outputs(model: nn.Module, image: Tensor, norms: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def outputs(model: Any, image: Tensor, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What upstream's first layer returns, and all tokens before and behind the last norm; "stages" of fill cases."""
     residual, height, width = model.embed(image)
     block = model.blocks[0]
