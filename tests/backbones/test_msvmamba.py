@@ -52,9 +52,9 @@ def test_filter_puts_the_full_map_first() -> None:
         assert torch.equal(value, weight)
 
 
-@pytest.mark.parametrize("options", [SMALL, SECOND], ids=["v1", "v2"])
-def test_both_versions_script_and_export(options: dict[str, Any]) -> None:
-    model = MSVMamba(**options).eval()
+def test_second_version_scripts_and_exports() -> None:
+    """The first does as test_msvmamba."""
+    model = MSVMamba(**SECOND).eval()
     x = torch.randn(2, 3, 48, 64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)).module()
     scripted = torch.jit.script(model)
