@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a model as a torch.export program, ONNX, safetensors or a folder that timm loads",
     "convert": "turn an official checkpoint into safetensors with this library's names",
     "mm_train": "train or test a detector or segmentor of MMDetection or MMSegmentation by config",
+    "models": "list the models with parameters, GFLOPs, accuracy, paper and licence",
     "benchmark": "time ops or models beside their peers, after checking that they compute the same",
 }
 

@@ -18,3 +18,18 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
         raise ValueError("expected images of shape (B, {}, H, W), got {}".format(in_chans, list(x.shape)))  # noqa: UP032
     if not x.is_floating_point():
         raise TypeError("expected images in floating point, got {}".format(x.dtype))  # noqa: UP032
+
+
+@register_notrace_function
+def check_image_size(x: torch.Tensor, smallest: int) -> None:
+    """Refuse images (B, C, H, W) that a stem without padding has no pixel for.
+
+    Raises:
+        ValueError: naming the given and the smallest height and width.
+    """
+    if x.shape[2] < smallest or x.shape[3] < smallest:
+        raise ValueError(
+            "expected images of at least {} x {} pixels, got {} x {}".format(  # noqa: UP032
+                smallest, smallest, x.shape[2], x.shape[3]
+            )
+        )

@@ -347,11 +347,19 @@ def filter_of(model: nn.Module) -> FilterFn:
     raise TypeError(f"expected a model of a family with a checkpoint_filter_fn, got {type(model).__name__}")
 
 
+def wrapper_for(model: nn.Module, checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
+    """As ``wrapper_of``, but first after ``key`` is the ``CHECKPOINT_KEY`` of the model's family, if it states one."""
+    preferred = getattr(sys.modules[filter_of(model).__module__], "CHECKPOINT_KEY", None)
+    if key is None and preferred is not None and _has_tensors(checkpoint.get(preferred)):
+        return preferred
+    return wrapper_of(checkpoint, key)
+
+
 def read_for(model: nn.Module, path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
     """The weights in a file under the names of ``model``, not compared with it yet; errors name the file."""
     checkpoint = read_checkpoint(path)
     try:
-        return filter_of(model)(unwrap(checkpoint, key), model)
+        return filter_of(model)(unwrap(checkpoint, wrapper_for(model, checkpoint, key)), model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

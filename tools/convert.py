@@ -38,7 +38,7 @@ class Options:
     """File to write, MODEL.safetensors in the current folder by default. An existing file is replaced."""
 
     key: str | None = None
-    """Entry of the checkpoint to take, such as model; by default averaged weights (model_ema) where there are any."""
+    """Entry of the checkpoint to take, such as model; by default what the authors evaluate, or averaged weights."""
 
     num_classes: int | None = None
     """Classes of the checkpoint, if they are not the model's default."""
@@ -65,7 +65,7 @@ def run(options: Options) -> Path:
     model = _model(options)
     checkpoint = weights.read_checkpoint(options.file)
     try:
-        key = weights.wrapper_of(checkpoint, options.key)
+        key = weights.wrapper_for(model, checkpoint, options.key)
         taken = weights.unwrap(checkpoint, key)
         state_dict = weights.filter_of(model)(taken, model)
     except ValueError as error:

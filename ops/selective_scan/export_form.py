@@ -18,12 +18,12 @@ written out from the arguments' sizes rather than read from results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from subquad.ops._loop import scan
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
 from subquad.ops.selective_scan.routes import REVERSED, route_order
 
@@ -156,9 +156,9 @@ def _enter(delta: Tensor, du: Tensor, B: Tensor, A: Tensor, start: Tensor) -> tu
         return decay * h + inside, h.clone()
 
     zero = torch.zeros_like(du[0] * B[0])  # (K, spans, B, N, E)
-    (inside,) = _scan(walk, (zero,), (delta, du, B), (A,))
+    (inside,) = scan(walk, (zero,), (delta, du, B), (A,))
     decay = torch.exp(delta.sum(0) * A)
-    last, enter = _scan(hand_over, (start,), (decay.transpose(0, 1), inside.transpose(0, 1)))
+    last, enter = scan(hand_over, (start,), (decay.transpose(0, 1), inside.transpose(0, 1)))
     return enter.transpose(0, 1), last
 
 
@@ -169,24 +169,8 @@ def _within(delta: Tensor, du: Tensor, B: Tensor, C: Tensor, A: Tensor, enter: T
         h = torch.exp(delta * A) * h + du * B
         return h, (C * h).sum(-2)
 
-    _, y = _scan(walk, (enter,), (delta, du, B, C), (A,))
+    _, y = scan(walk, (enter,), (delta, du, B, C), (A,))
     return y
-
-
-def _scan(
-    step: Callable[..., tuple[Tensor, ...]],
-    init: tuple[Tensor, ...],
-    xs: tuple[Tensor, ...],
-    constants: tuple[Tensor, ...] = (),
-) -> Sequence[Tensor]:
-    """Last carries and stacked outputs of ``step(*carries, *slices of xs along axis 0, *constants)``.
-
-    The operator itself: the function that PyTorch puts in front of it compiles ``step`` in a trace of its own, where
-    the symbolic sizes of an export have no ranges. Outputs must not alias carries, hence the clones in the steps.
-    """
-    # Carries keep their strides from step to step, so all start with the ones that arithmetic gives.
-    init, xs, constants = (tuple(tensor.contiguous() for tensor in tensors) for tensors in (init, xs, constants))
-    return torch.ops.higher_order.scan(step, init, xs, constants)
 
 
 def _states(call: ScanCall, enter: Tensor, last: Tensor, spans: int) -> Tensor:

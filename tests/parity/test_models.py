@@ -65,19 +65,19 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
         module.register_forward_hook(lambda _module, _args, output, name=name: seen.update({f"probe/{name}": output}))
     image = recorded["input"].to(dtype)
     seen["out/logits"] = model(image)
-    stages = model.forward_intermediates(image, intermediates_only=True)
+    maps = _stage_maps(model, image, _by_stage(case.system, norms))
+    outputs = case.system.outputs(model, image, maps) if hasattr(case.system, "outputs") else maps
+    seen |= {f"out/{name}": value for name, value in outputs.items()}
     compared = set()
-    for i, stage in enumerate(stages):
-        seen[f"out/stage{i}"] = stage
-        if triple := _triple(case, recorded, i):
-            for key, part in triple.items():
-                mine = torch.stack([stage.mean(), stage.std()]) if key.endswith("std") else stage.flatten()[:64]
-                check(case, key, mine, part)
-            compared.add(f"out/stage{i}_triple")
-    for i, norm in _by_stage(case.system.OUTPUT_NORM, norms).items():
-        tokens = stages[i].permute(0, 2, 3, 1)
-        normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
-        seen[f"out/det{i}"] = normed.permute(0, 3, 1, 2)
+    for name in [key for key in recorded if key.endswith("_triple")]:
+        output, triple = seen[name.removesuffix("_triple")], recorded[name]
+        # The recorded summary of a full-size map: mean and standard deviation apart from the first values.
+        for part, mine, reference in (
+            ("mean_std", torch.stack([output.mean(), output.std()]), triple[:2]),
+            ("first64", output.flatten()[:64], triple[2:]),
+        ):
+            check(case, f"{name.removesuffix('_triple')}/{part}", mine, reference)
+        compared.add(name)
     for key in seen.keys() & recorded.keys():
         check(case, key, _as_recorded(seen[key], recorded[key]), recorded[key])
         compared.add(key)
@@ -85,17 +85,20 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
     assert not left, f"recorded outputs that nothing was compared with: {sorted(left)}"
 
 
-def _triple(case: Any, recorded: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    """The recorded summary of a full-size map, mean and standard deviation apart from the first values."""
-    if (triple := recorded.get(f"out/stage{i}_triple")) is None:
-        return {}
-    return {f"out/stage{i}/mean_std": triple[:2], f"out/stage{i}/first64": triple[2:]}
+def _stage_maps(model: Any, image: Tensor, norms: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What most systems record: the map of each stage, and the same behind a detection backbone's norm."""
+    maps = {f"stage{i}": stage for i, stage in enumerate(model.forward_intermediates(image, intermediates_only=True))}
+    for i, norm in norms.items():
+        tokens = maps[f"stage{i}"].permute(0, 2, 3, 1)
+        normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
+        maps[f"det{i}"] = normed.permute(0, 3, 1, 2)
+    return maps
 
 
-def _by_stage(pattern: str, norms: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _by_stage(system: Any, norms: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     stages: dict[int, dict[str, Tensor]] = {}
     for name, value in norms.items():
-        match = re.match(pattern, name)
+        match = re.match(system.OUTPUT_NORM, name)
         assert match is not None
         stages.setdefault(int(match["i"]), {})[name[match.end() :]] = value
     return stages
@@ -154,7 +157,7 @@ def test_manifest(manifest: Any) -> None:
 def test_manifest_of_detection_backbone(manifest: Any) -> None:
     """The model without its classifier and with a norm for each stage; its checkpoint says ``backbone.``"""
     model, system, extra = _model_of(manifest), manifest.system, manifest.related("backbone_extra")
-    norms = _by_stage(system.OUTPUT_NORM, _on_meta(extra))
+    norms = _by_stage(system, _on_meta(extra))
     channels = {i: (info["num_chs"],) for i, info in enumerate(model.feature_info)}
     assert {i: tuple(norm["weight"].shape) for i, norm in norms.items()} == channels
     assert {i: tuple(norm["bias"].shape) for i, norm in norms.items()} == channels

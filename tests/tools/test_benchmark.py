@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad.backbones import vmamba
+from subquad.backbones import layers
+from subquad.ops import gated_linear_attention
 from subquad.ops.selective_scan import ScanCall, torch_impl
 from subquad.tools import benchmark
 from subquad.tools.benchmark import ModelsOptions, OpsOptions
@@ -25,6 +26,7 @@ from subquad.tools.benchmarks.measure import Ceilings
 from subquad.tools.benchmarks.registry import Case, OpEntry, Recorded, System, Tensors
 
 SCAN = ops.OPS["selective_scan"]
+GATED = ops.OPS["gated_linear_attention"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
 
@@ -110,7 +112,7 @@ def test_batch_keeps_the_pixels_constant(resolution: int, batch: int) -> None:
 
 
 def test_run_leaves_rows_in_csv_and_json(quick: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    rows = benchmark.run(OpsOptions(**quick, shapes=(TINY,), variants=("core-n1", "core+proj-n16")))
+    rows = benchmark.run(OpsOptions(**quick, ops=(SCAN.name,), shapes=(TINY,), variants=("core-n1", "core+proj-n16")))
     assert [row["variant"] for row in rows] == ["core-n1", "core+proj-n16"]
     with (quick["output"] / "ops.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
@@ -383,14 +385,14 @@ def test_a_wrong_model_gets_no_time(quick: dict[str, Any], monkeypatch: pytest.M
 def test_core_off_skips_the_op_and_puts_it_back() -> None:
     system = systems.core_off("test_vmamba")
     model = system.build(32, CPU)
-    real = vmamba.selective_scan
+    real = layers.selective_scan
     with system.context(model):
         x = torch.randn(1, 2, 2, 3)
-        off: Any = vmamba.selective_scan
+        off: Any = layers.selective_scan
         assert off(x, out_dtype=torch.float64).dtype == torch.float64
         assert torch.equal(off(x), x)
         model(torch.randn(1, 3, 32, 32))
-    assert vmamba.selective_scan is real
+    assert layers.selective_scan is real
 
 
 def test_plan_of_a_sweep() -> None:
@@ -427,3 +429,34 @@ def test_command_line_has_both_benchmarks() -> None:
     assert found == OpsOptions(shapes=(TINY, "2x8x3x3"), peers=(), dtype="float16")
     found = tyro.cli(benchmark.Options, args=["models", "--resolutions", "224", "--no-core-off", "--output", "out"])
     assert found == ModelsOptions(resolutions=(224,), core_off=False, output=Path("out"))
+
+
+@pytest.mark.parametrize("variant", GATED.variants)
+def test_gated_attention_row(variant: str, quick: dict[str, Any]) -> None:
+    options = OpsOptions(ops=(GATED.name,), shapes=("2x40x2x16x32",), variants=(variant,), **quick)
+    (row,) = ops.run(options)
+    assert row["status"] == "ok" and row["backend"] == "torch" and row["error"] < 1e-5
+
+
+def test_gated_attention_floors_are_the_documented_traffic() -> None:
+    """4 K + 2 V numbers a token and head forwards; 8 K + 3 V more for the gradients."""
+    cost = GATED.cost(Case((128, 196, 3, 32, 64), "logits"), 2)
+    tokens = 128 * 196 * 3
+    assert cost.forward_bytes == tokens * (4 * 32 + 2 * 64) * 2
+    assert cost.both_bytes == cost.forward_bytes + tokens * (8 * 32 + 3 * 64) * 2
+    assert GATED.cost(Case((128, 196, 3, 32, 64), "decays"), 2).forward_bytes == tokens * (256 * 2 + 64 * 2)
+
+
+def test_flipped_peer_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for flash-linear-attention's kernel: our op with the other direction switched off."""
+
+    def one_way(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        both = gated_linear_attention(q, k, v, torch.stack([g, torch.full_like(g, -1e4)], dim=2))
+        return 2 * both - q.shape[-1] ** -0.5 * (q * k).sum(-1, keepdim=True) * v, None
+
+    monkeypatch.setitem(sys.modules, "fla.ops.gla", SimpleNamespace(chunk_gla=one_way))
+    peer = next(peer for peer in GATED.peers if peer.name == "fla_chunk_gla")
+    for variant in GATED.variants:
+        case = Case((2, 20, 2, 4, 6), variant)
+        tensors = GATED.inputs(case, torch.float32, CPU).all()
+        torch.testing.assert_close(peer.call(case, tensors), GATED.ours.call(case, tensors))

@@ -68,6 +68,27 @@ def test_official_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # other users may read it
 
 
+@pytest.mark.parametrize(
+    ("manifest", "name", "taken"),
+    [
+        ("vim_tiny_patch16_224", "vim_tiny", "model"),
+        ("msvmamba_nano", "msvmamba_nano", "model_ema"),
+        ("vig_tiny", "vig_tiny", "model"),
+        ("vig_h_tiny", "vig_h_tiny", "model"),
+    ],
+)
+def test_official_checkpoints_with_averaged_weights_too(
+    manifest: str, name: str, taken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Taken is what upstream evaluates."""
+    state = _official(f"{manifest}.tsv.gz")
+    source = _checkpoint(tmp_path / "official.pth", state, model_ema=state, args=argparse.Namespace(lr=1e-3))
+    converted = load_file(convert.run(convert.Options(source, name, tmp_path / "ours.safetensors")))
+    assert f"taken from: {taken}\n" in capsys.readouterr().out
+    expected = timm.create_model(name, device="meta").state_dict()
+    assert {key: value.shape for key, value in converted.items()} == {key: v.shape for key, v in expected.items()}
+
+
 def test_timm_loads_the_result(state: dict[str, Tensor], tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     convert.run(convert.Options(_checkpoint(tmp_path / "c.pth", state), MODEL, output))

@@ -20,6 +20,7 @@ from subquad.tools import export
 from subquad.tools.export import Options
 
 TRACED = 64
+TRACED_LARGER = {"test_msvmamba": 128}  # its half maps, too, must be larger than a pixel where it is traced
 # Odd, not square, other batches; 33 pixels make a map of 2 x 2 in the last stage.
 SHAPES = [(1, 96, 64), (3, 72, 100), (2, 33, 121)]
 PROGRAM = """
@@ -60,7 +61,8 @@ def exported(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPath
     def make(model: str, kind: Any, features: bool = False) -> Path:
         path = folder / f"{model}_{features}{export._SUFFIXES[kind]}"
         if not path.exists():
-            options = Options(model, kind, path, checkpoints(model), features=features, image_size=TRACED, check=False)
+            options = Options(model, kind, path, checkpoints(model), features=features, check=False)
+            options.image_size = TRACED_LARGER.get(model, TRACED)
             assert export.run(options) == path
         return path
 
@@ -112,7 +114,19 @@ def test_torch_program_of_features(exported: Callable[..., Path], checkpoints: C
         assert_near(list(program(image)), expected(model, image, features=True))
 
 
-@pytest.mark.parametrize(("name", "features"), [("test_vmamba", False), ("test_vmamba_vanilla", True)])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("test_vmamba", False),
+        ("test_vmamba_vanilla", True),
+        # half a minute each and more, nearly all of it PyTorch's exporter
+        pytest.param("test_vim", False, marks=pytest.mark.slow),
+        pytest.param("test_vim", True, marks=pytest.mark.slow),
+        pytest.param("test_msvmamba", True, marks=pytest.mark.slow),
+        pytest.param("test_vig", False, marks=pytest.mark.slow),
+        pytest.param("test_vig_h", True, marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_at_sizes_that_were_not_traced(
     name: str, features: bool, exported: Callable[..., Path], checkpoints: Callable[..., Path]
 ) -> None:

@@ -1,7 +1,8 @@
 """Figures of official code that were recorded in another run; shown only on the same kind of GPU, labelled as such.
 
 Source: one NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuDNN 9.19, 2026-11-22. MzeroMiko/VMamba@2ed52ea
-with its ``selective_scan_cuda_oflex`` kernels (three lines patched for CUDA 13) and its Triton cross scan and merge.
+with its ``selective_scan_cuda_oflex`` kernels (three lines patched for CUDA 13) and its Triton cross scan and merge;
+hustvl/ViG@dfb9d32 with its Triton kernels (module globals made constants, which triton 3.6 wants).
 Ops: medians of device-event times with the L2 flushed, bfloat16 in, float32 parameters and scan output. Models:
 bfloat16 AMP, eager, random inputs, medians of at least 10 steps.
 """
@@ -47,6 +48,14 @@ CORE_PROJ: dict[tuple[int, int, int, int], tuple[float, float]] = {
     (1, 96, 256, 256): (0.63, 2.98),
 }
 """(B, E, H, W) at N = 1: forward ms, forward + backward ms with both projections."""
+
+GATED_SYSTEM = "official ViG (training path), recorded in another run"
+GATED: dict[tuple[int, ...], tuple[float, float]] = {
+    (128, 196, 3, 32, 64): (1.08, 3.13),
+    (128, 196, 6, 32, 64): (0.91, 2.87),
+    (32, 1024, 3, 32, 64): (0.59, 3.42),
+}
+"""(B, T, H, d_k, d_v): forward ms, forward + backward ms of two flipped passes."""
 
 
 class Model(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import subquad  # noqa: F401  (registers our models)
+from subquad.backbones import layers
 
-# Published ImageNet-1K top-1 at 224: the VMamba repository (arXiv 2401.10166), Swin (2103.14030), ConvNeXt
+# Published ImageNet-1K top-1 at 224: the authors' repositories of our families, Swin (2103.14030), ConvNeXt
 # (2201.03545), DeiT (2012.12877).
 TOP1 = {
     "vmamba_tiny": 82.6,
@@ -27,6 +27,23 @@ TOP1 = {
     "vmamba_tiny_vanilla": 82.2,
     "vmamba_small_vanilla": 83.5,
     "vmamba_base_vanilla": 83.7,
+    "vim_tiny": 76.1,
+    "vim_tiny_stride8": 78.3,
+    "vim_small": 80.5,
+    "vim_small_stride8": 81.6,
+    "vim_base": 81.9,
+    "msvmamba_nano": 77.3,
+    "msvmamba_micro": 79.8,
+    "msvmamba_tiny": 82.8,
+    "msvmamba_tiny_v2": 83.0,
+    "msvmamba_small_v2": 84.1,
+    "msvmamba_base_v2": 84.4,
+    "vig_tiny": 77.2,
+    "vig_small": 81.7,
+    "vig_base": 82.6,
+    "vig_h_tiny": 82.8,
+    "vig_h_small": 83.8,
+    "vig_h_base": 84.2,
     "swin_tiny_patch4_window7_224": 81.3,
     "convnext_tiny": 82.1,
     "deit_small_patch16_224": 79.8,
@@ -87,13 +104,30 @@ def core_off(name: str) -> ModelSystem:
     return ModelSystem(f"{name}, core off", name, context=pass_through)
 
 
+def _hand_through_scan(x: Tensor, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    y = x.to(out_dtype or x.dtype)
+    return (y, None) if kwargs.get("return_last_state") else y
+
+
+def _hand_through_attention(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any
+) -> Tensor:
+    return v.to(out_dtype or v.dtype)
+
+
+_HAND_THROUGH: dict[str, Callable[..., Any]] = {
+    "gated_linear_attention": _hand_through_attention,
+    "selective_scan": _hand_through_scan,
+}
+"""For each op that a model may be built on, what takes its place."""
+
+
 @contextmanager
 def pass_through(model: nn.Module) -> Iterator[None]:
-    """Replace ``selective_scan`` in the module of the model's class by a cast to the output dtype."""
-    family = sys.modules[type(model).__module__]
-
-    def hand_through(x: Tensor, *args: Any, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-        return x.to(out_dtype or x.dtype)
-
-    with patch.object(family, "selective_scan", hand_through):
+    """Replace the ops, in the module of the model's class and in the shared layers, by casts to the output dtype."""
+    with ExitStack() as stack:
+        for module in (sys.modules[type(model).__module__], layers):
+            for op, function in _HAND_THROUGH.items():
+                if hasattr(module, op):
+                    stack.enter_context(patch.object(module, op, function))
         yield

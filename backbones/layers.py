@@ -1,0 +1,332 @@
+"""Parts that several families share and timm lacks."""
+
+# Annotations are not postponed here: TorchScript reads those of the functions and methods.
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from subquad.backbones.base import Factory, StageSpec, resample_position
+from subquad.ops import selective_scan
+from subquad.ops.selective_scan import ROUTES
+
+
+def position_map(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embedding (1, N, C) of an official file as a map (1, height, width, C), resampled if need be.
+
+    N positions that are neither as many as the map's nor those of a square are left for the loader to report, as is a
+    map that is one already.
+    """
+    if positions.dim() != 3:
+        return positions
+    side = math.isqrt(positions.shape[1])
+    if positions.shape[1] == height * width:
+        positions = positions.unflatten(1, (height, width))
+    elif side * side == positions.shape[1]:
+        positions = resample_position(positions.unflatten(1, (side, side)), height, width)
+    return positions
+
+
+# Scans -----------------------------------------------------------------------------------------------------------
+
+
+class ScanParameters(nn.Module):
+    """What a mixer needs for selective scans with K sets of Mamba's parameters, one for each route or branch.
+
+    Args:
+        sets: K.
+        inner: channels that are scanned, E.
+        rank: of the step size, R.
+        d_state: states per channel, N.
+    """
+
+    def __init__(self, sets: int, inner: int, rank: int, d_state: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.sizes = [rank, d_state, d_state]
+        self.x_proj_weight = nn.Parameter(torch.empty(sets, rank + 2 * d_state, inner, **dd))
+        self.dt_weight = nn.Parameter(torch.empty(sets, inner, rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(sets, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(sets, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(sets, inner, **dd))
+
+    def reset_parameters(self) -> None:
+        """Mamba's start: A = -(1, ..., N), D = 1, steps log-uniform in [0.001, 0.1]."""
+        rank, d_state, _ = self.sizes
+        for weight in self.x_proj_weight:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        nn.init.uniform_(self.dt_weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            step = torch.rand_like(self.dt_bias, dtype=torch.float32) * math.log(100) + math.log(0.001)
+            step = step.exp().clamp(min=1e-4)
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+            states = torch.arange(1, d_state + 1, dtype=torch.float32, device=self.A_log.device)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes (*, k, R), B and C (*, k, N) of the sets ``first`` to ``last - 1`` for x (*, E).
+
+        Projections commute with routes: a map is projected once, in place, whatever the number of routes through it.
+        """
+        projected = F.linear(x, self.x_proj_weight[first:last].flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
+        dt, B, C = projected.split(self.sizes, dim=-1)
+        return dt, B, C
+
+
+_ROUTE_NAMES = {code: name for name, code in ROUTES.items()}
+
+
+@register_notrace_function
+def scan_routes(
+    x: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    routes: list[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``selective_scan`` with A = -exp(A_log) and routes as codes (``ROUTES``): sum in float32, and the last states."""
+    out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    A = -torch.exp(_wide(A_log))
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+        shape = x.shape
+        if x.dim() == 3:
+            x, dt, B, C = x.unsqueeze(1), dt.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
+        y, states = torch.ops.subquad.selective_scan(
+            x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), initial_state, None, routes, True, out_dtype
+        )
+        y, state = y.reshape(shape), states[:, :, -1]
+    else:
+        y, state = selective_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_weight=dt_weight,
+            dt_bias=dt_bias,
+            initial_state=initial_state,
+            routes=[_ROUTE_NAMES[code] for code in routes],
+            out_dtype=out_dtype,
+            return_last_state=True,
+        )
+    return y, state
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, the precision of decays and states."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def scan_rank(dim: int, dt_rank: int | Literal["auto"]) -> int:
+    """Rank of the step size: Mamba's ceil(dim / 16) for ``"auto"``."""
+    return math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+
+
+def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | str) -> None:
+    """Raises ValueError, naming the option, if a scan of ``ssm_ratio * dim`` channels cannot be built."""
+    if d_state < 1:
+        raise ValueError(f"d_state must be at least 1, got {d_state}")
+    if int(ssm_ratio * dim) < 1:
+        raise ValueError(f"ssm_ratio must be positive, got {ssm_ratio}")
+    if dt_rank != "auto" and not (isinstance(dt_rank, int) and dt_rank >= 1):
+        raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, which may be wider than that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class MapConv2d(nn.Conv2d):
+    """Convolution of a channels-last map (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # It sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
+        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+# Stems and downsampling of VMamba's frame ------------------------------------------------------------------------
+
+
+class PatchStem(nn.Module):
+    """Images (B, C, H, W) to (B, H / 4, W / 4, dim) by one convolution; pixels beyond a multiple of 4 are dropped."""
+
+    def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Images (B, C, H, W) to (B, ceil(ceil(H / 2) / 2), likewise W, dim) by two convolutions."""
+
+    def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd) if norm else nn.Identity()
+        self.act = nn.GELU()
+        self.conv2 = MapConv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x))
+
+
+class ConvDownsample(nn.Module):
+    """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, **dd: Any) -> None:
+        super().__init__()
+        self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-5, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
+        x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)
+
+
+STEMS = {"conv": ConvStem, "patch": PatchStem}
+"""Upstream's patch embeddings v2 and v1."""
+
+DOWNSAMPLES: dict[str, Factory] = {
+    "conv": ConvDownsample,
+    "patch": partial(ConvDownsample, kernel_size=2),
+    "merge": PatchMerging,
+}
+"""Upstream's v3, v2 and v1."""
+
+
+def stage_dims(depths: Sequence[int], dims: int | Sequence[int]) -> list[int]:
+    """Channels of each stage, doubling from stage to stage if only the first is given.
+
+    Raises:
+        ValueError: if depths and channels are not positive or not of one length.
+    """
+    every = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+    if len(every) != len(depths) or not depths or min(depths) < 1 or min(every) < 2:
+        raise ValueError(f"depths and dims must be positive and of one length, got depths={depths}, dims={every}")
+    return every
+
+
+def frame(
+    depths: Sequence[int],
+    dims: Sequence[int],
+    blocks: Sequence[Factory],
+    stem: str,
+    downsample: str,
+    patch_norm: bool,
+    in_chans: int,
+    device: Any,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Arguments of ``Pyramid`` for a model in VMamba's frame: stages of 4, 8, 16, ... pixels behind a stem.
+
+    Args:
+        depths, dims, blocks: number of blocks, channels and block factory of each stage.
+        stem: one of ``STEMS``; ``patch_norm`` says whether it has norms.
+        downsample: one of ``DOWNSAMPLES``.
+
+    Raises:
+        ValueError: for an unknown stem or downsampling, or no input channels.
+    """
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}, expected one of {list(STEMS)}")
+    if downsample not in DOWNSAMPLES:
+        raise ValueError(f"unknown downsample {downsample!r}, expected one of {list(DOWNSAMPLES)}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    stages = [
+        StageSpec(dim, depth, 4 * 2**i, block, DOWNSAMPLES[downsample] if i else None)
+        for i, (dim, depth, block) in enumerate(zip(dims, depths, blocks, strict=True))
+    ]
+    return {
+        "stem": STEMS[stem](in_chans, dims[0], patch_norm, device=device, dtype=dtype),
+        "stages": stages,
+        "norm": partial(nn.LayerNorm, eps=1e-5),
+        "in_chans": in_chans,
+        "device": device,
+        "dtype": dtype,
+    }
+
+
+# Upstream's names of a model in VMamba's frame to those of ``Pyramid``, in order; blocks keep upstream's ``op``.
+FRAME_NAMES: list[tuple[str, str | None]] = [
+    # names of January 2024
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    # norms of detection backbones
+    (r"^outnorm\d+\.", None),
+    (r"^patch_embed\.0\.", "stem.conv1."),
+    (r"^patch_embed\.2\.", "stem.norm1."),
+    (r"^patch_embed\.5\.", "stem.conv2."),
+    (r"^patch_embed\.7\.", "stem.norm2."),
+    # upstream downsamples at the end of a stage
+    *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"^layers\.", "stages."),
+    (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
+    (r"(\.blocks\.\d+)\.op\.", r"\1.mixer."),
+    (r"\.mixer\.conv2d\.", ".mixer.conv."),
+    (r"\.mixer\.dt_projs_", ".mixer.dt_"),
+    (r"\.mixer\.A_logs$", ".mixer.A_log"),
+    (r"\.mixer\.Ds$", ".mixer.D"),
+    (r"^classifier\.", ""),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def fit_scan_weights(state_dict: dict[str, Tensor], expected: dict[str, Tensor], sets: int) -> dict[str, Tensor]:
+    """Weights of a model in VMamba's frame in our shapes; what does not fit is left for the loader to report.
+
+    1x1 convolutions become matrices, (K * E, ...) becomes (K, E, ...) for ``A_log`` and ``D``, and an input projection
+    of twice the width expected splits into ``in_proj`` and ``gate_proj``.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, value in state_dict.items():
+        gate = name.replace(".in_proj.", ".gate_proj.")
+        if value.dim() == 4 and value.shape[2:] == (1, 1) and expected.get(name, value).dim() == 2:
+            value = value.flatten(1)  # trained channels first
+        if name.endswith((".A_log", ".D")) and expected.get(name, value).dim() == value.dim() + 1:
+            value = value.unflatten(0, (sets, -1)) if len(value) % sets == 0 else value
+        if gate != name and gate in expected and value.shape[0] == 2 * expected[name].shape[0]:
+            value, ours[gate] = value.chunk(2)
+        ours[name] = value
+    return ours
