@@ -31,7 +31,8 @@ from torch.export import Dim, ExportedProgram
 
 from subquad.backbones import weights
 from subquad.backbones.registry import check_model
-from subquad.ops.selective_scan.export_form import export_form
+from subquad.ops.linear_attention import export_form as linear_attention
+from subquad.ops.selective_scan import export_form as selective_scan
 
 with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
     from tyro.conf import arg
@@ -39,7 +40,10 @@ with suppress(ImportError):  # only the command line reads the annotation, and i
 TOLERANCE = 1e-4
 """Largest difference from the model that a program may show, relative to the largest magnitude of the output."""
 
-EXPORT_FORMS: dict[Any, Callable[..., Any]] = {torch.ops.subquad.selective_scan.default: export_form}
+EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.ops.subquad.linear_attention.default: linear_attention.export_form,
+    torch.ops.subquad.selective_scan.default: selective_scan.export_form,
+}
 """For every operator of this library the form in standard operators that ``run_decompositions`` puts in its place."""
 
 _SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "hf": ""}

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from subquad.tools.benchmarks import gate, measure, report, selective_scan
+from subquad.tools.benchmarks import gate, linear_attention, measure, report, selective_scan
 from subquad.tools.benchmarks.measure import Budget, Ceilings, Deadline
 from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, System, Tensors, select
 
-OPS: dict[str, OpEntry] = {entry.name: entry for entry in (selective_scan.ENTRY,)}
+OPS: dict[str, OpEntry] = {entry.name: entry for entry in (linear_attention.ENTRY, selective_scan.ENTRY)}
 
 Mode = Literal["eager", "compiled"]
 

@@ -1,0 +1,83 @@
+"""Layers that two or more families share and timm lacks, on channels-last maps (B, H, W, C)."""
+
+# Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
+
+from typing import Any
+
+import torch
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from subquad.ops import linear_attention
+
+
+@register_notrace_function
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    normalizer: str = "divide",
+    feature_map: str = "identity",
+    scale: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``subquad.ops.linear_attention`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx."""
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        found = torch.ops.subquad.linear_attention(q, k, v, None, None, cos, sin, normalizer, feature_map, scale, eps)
+        o = found[0]
+    else:
+        rotary = None if cos is None or sin is None else (cos, sin)
+        o = linear_attention(
+            q, k, v, normalizer=normalizer, feature_map=feature_map, rotary=rotary, scale=scale, eps=eps
+        )
+    return o
+
+
+@register_notrace_function
+def rotary_by_head(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) for heads of x (B, N, H, D), all alike, each (height * width, 1, D / 2); 4 divides D.
+
+    The first half of the pairs turns with the row, the second with the column; the D / 4 frequencies of each run from 1
+    to 1e-4, both included.
+    """
+    count = x.shape[-1] // 4
+    cos, sin = _rotary(x, count, max(count - 1, 1), height, width)
+    return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+@register_notrace_function
+def rotary_by_width(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) over all channels of x (B, N, H, D), each (height * width, H, D / 2); 4 divides H D.
+
+    As ``rotary_by_head`` for one head of H D channels, cut into heads afterwards, and without the last frequency: so
+    the first heads turn with the row, the last with the column, and each has frequencies of its own.
+    """
+    count = x.shape[-2] * x.shape[-1] // 4
+    cos, sin = _rotary(x, count, count, height, width)
+    return cos.unflatten(1, (x.shape[-2], -1)), sin.unflatten(1, (x.shape[-2], -1))
+
+
+def _rotary(x: Tensor, count: int, steps: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles, (height * width, 2 count), with 1e-4 ** (t / steps) as the t-th frequency."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    frequencies = 1e-4 ** (torch.arange(count, dtype=dtype, device=x.device) / steps)
+    rows = torch.arange(height, dtype=dtype, device=x.device)[:, None] * frequencies
+    columns = torch.arange(width, dtype=dtype, device=x.device)[:, None] * frequencies
+    by_row = rows[:, None].expand(-1, width, -1)
+    by_column = columns[None].expand(height, -1, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
+    return angles.cos(), angles.sin()
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of a map (B, H, W, dim) that keeps its size; ``kernel_size`` is odd."""
+
+    def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The convolution sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
