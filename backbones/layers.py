@@ -2,6 +2,7 @@
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,4 +81,15 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # The convolution sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Raises ValueError unless the stages have blocks and as many heads as divide their channels evenly."""
+    if not depths or min(depths) < 1:
+        raise ValueError(f"depths must be positive, got {tuple(depths)}")
+    if not len(depths) == len(dims) == len(num_heads):
+        raise ValueError(f"one entry a stage: got depths={depths}, dims={dims}, num_heads={num_heads}")
+    for dim, heads in zip(dims, num_heads, strict=True):
+        if heads < 1 or dim < 1 or dim % heads or dim // heads % 2:
+            raise ValueError(f"num_heads must cut the channels into even parts, got {heads} heads for {dim} channels")

@@ -218,6 +218,14 @@ def wrapper_of(checkpoint: Mapping[str, Any], key: str | None = None) -> str | N
     return next((name for name in found if _has_tensors(checkpoint[name])), found[0] if found else None)
 
 
+def wrapper_for(model: nn.Module, checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
+    """As ``wrapper_of``, but the entry that the model's class names as ``checkpoint_key`` comes before ``WRAPPERS``."""
+    own = getattr(model, "checkpoint_key", None)
+    if key is None and own in checkpoint and _has_tensors(checkpoint[own]):
+        return own
+    return wrapper_of(checkpoint, key)
+
+
 def _has_tensors(entry: Any) -> bool:
     return isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
 
@@ -351,7 +359,7 @@ def read_for(model: nn.Module, path: str | os.PathLike[str], key: str | None = N
     """The weights in a file under the names of ``model``, not compared with it yet; errors name the file."""
     checkpoint = read_checkpoint(path)
     try:
-        return filter_of(model)(unwrap(checkpoint, key), model)
+        return filter_of(model)(unwrap(checkpoint, wrapper_for(model, checkpoint, key)), model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -65,7 +65,7 @@ def run(options: Options) -> Path:
     model = _model(options)
     checkpoint = weights.read_checkpoint(options.file)
     try:
-        key = weights.wrapper_of(checkpoint, options.key)
+        key = weights.wrapper_for(model, checkpoint, options.key)
         taken = weights.unwrap(checkpoint, key)
         state_dict = weights.filter_of(model)(taken, model)
     except ValueError as error:

@@ -259,9 +259,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_o: Tensor, *grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
     """The statistics are for the backward pass alone: no gradient enters through them."""
-    grads = torch.ops.subquad.linear_attention_backward(grad_o, *ctx.saved_tensors, *ctx.options)
-    inputs = ctx.saved_tensors[5:10]
-    by_input = [grad if value is not None else None for grad, value in zip(grads, inputs, strict=True)]
+    saved = ctx.saved_tensors
+    grads = torch.ops.subquad.linear_attention_backward(grad_o, *saved, *ctx.options)
+    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[5:10], strict=True)]
     return (*by_input, None, None, None, None, None, None)
 
 

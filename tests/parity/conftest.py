@@ -161,7 +161,7 @@ class Case:
     def noise_floor(self, key: str) -> float:
         """Upstream's float32 error of one output; some sidecars leave out ``out/`` or state one for all gradients."""
         floors = self.sidecar["noise_floor"]
-        names = [key, key.removeprefix("out/")]
+        names = [key, key.removeprefix("out/"), "/".join(key.split("/")[:2])]  # a summary, or its map's
         if key.startswith("grad/"):
             names += [key.replace("/", "_"), "grad (largest over all tensors)", "grad_params_max"]
         for name in names:

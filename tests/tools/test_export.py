@@ -112,7 +112,14 @@ def test_torch_program_of_features(exported: Callable[..., Path], checkpoints: C
         assert_near(list(program(image)), expected(model, image, features=True))
 
 
-@pytest.mark.parametrize(("name", "features"), [("test_vmamba", False), ("test_vmamba_vanilla", True)])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("test_vmamba", False),
+        ("test_vmamba_vanilla", True),
+        pytest.param("test_mlla", False, marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_at_sizes_that_were_not_traced(
     name: str, features: bool, exported: Callable[..., Path], checkpoints: Callable[..., Path]
 ) -> None:
