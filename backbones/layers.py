@@ -2,7 +2,7 @@
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ def rotary_by_width(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
     return cos.unflatten(1, (x.shape[-2], -1)), sin.unflatten(1, (x.shape[-2], -1))
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, N, H, D) in x's dtype; tables as from ``rotary_by_head``."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
 def _rotary(x: Tensor, count: int, steps: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles, (height * width, 2 count), with 1e-4 ** (t / steps) as the t-th frequency."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -82,6 +88,12 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         # The convolution sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+def in_turn(blocks: Sequence[Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    """A block factory for a stage whose blocks differ: each call goes to the next of ``blocks``."""
+    left = iter(blocks)
+    return lambda *args, **kwargs: next(left)(*args, **kwargs)
 
 
 def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:

@@ -221,7 +221,7 @@ def wrapper_of(checkpoint: Mapping[str, Any], key: str | None = None) -> str | N
 def wrapper_for(model: nn.Module, checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
     """As ``wrapper_of``, but the entry that the model's class names as ``checkpoint_key`` comes before ``WRAPPERS``."""
     own = getattr(model, "checkpoint_key", None)
-    if key is None and own in checkpoint and _has_tensors(checkpoint[own]):
+    if key is None and own is not None and _has_tensors(checkpoint.get(own)):
         return own
     return wrapper_of(checkpoint, key)
 
