@@ -19,7 +19,7 @@ __all__ = ["RAVLT"]
 
 
 class RAVLT(RotaryPyramid):
-    """RAVLT; arguments as in ``RotaryPyramid``, which sets the mixer's alternatives."""
+    """RAVLT; arguments as in ``RotaryPyramid`` but for the mixer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, mixer=partial(GatedRotaryAttention, normalizer="softmax_weighted"), **kwargs)

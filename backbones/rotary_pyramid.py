@@ -313,7 +313,7 @@ def _check_stages(
 
 
 # Official names to ours, in order.
-NAMES: list[tuple[str, str | None]] = [
+_NAMES: list[tuple[str, str | None]] = [
     (r"\.RoPE\.angle$", None),  # computed
     (r"^extra_norms\.", None),  # of the detection backbone
     (r"^patch_embed\.proj\.", "stem.layers."),
@@ -331,14 +331,19 @@ NAMES: list[tuple[str, str | None]] = [
 ]
 
 
-def read_official(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def read_official(
+    state_dict: Mapping[str, Any], model: nn.Module, names: Sequence[tuple[str, str | None]] = ()
+) -> dict[str, Tensor]:
     """An official checkpoint under our names, 1x1 convolutions as linear layers; ours pass unchanged.
+
+    Args:
+        names: renames of the family's own, before those that the families share.
 
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    ours = weights.rename(weights.unwrap(state_dict), NAMES)
+    ours = weights.rename(weights.unwrap(state_dict), [*names, *_NAMES])
     return {
         # (C, D, 1, 1) to (C, D), and (1, C, 1, 1) to (C)
         name: value.reshape(expected[name].shape)

@@ -28,11 +28,13 @@ Sources: arXiv 2405.16605 (MLLA, ``divide``), 2412.06590 (InLine), 2507.00698 (M
 2411.07635 (RALA, augmented keys), and Katharopoulos et al., arXiv 2006.16236.
 
 Layout is (B, tokens, heads, channels), with any strides. q, k, v and content features share one dtype: float32,
-bfloat16, float16 or float64. Features, sums over tokens, softmax, z, the quotient and the tables are float32 (float64
-with float64 inputs), and the output is rounded once at the end. q, k, v, q_content and k_content are differentiable,
-the tables are not. Beside its inputs the op keeps only ``Statistics`` for the backward pass: nothing of size N, and
-nothing of size D x E for each token. Both passes over tokens are sums and products that an implementation may split:
-a state reduction over the keys, then an apply over the queries.
+bfloat16, float16 or float64. Autocast casts them all, unless ``feature_map`` is "identity": features that come as they
+are, often powers that 16 bits cannot hold, keep their dtype, and v takes it. Features, sums over tokens, softmax, z,
+the quotient and the tables are float32 (float64 with float64 inputs), and the output is rounded once at the end.
+q, k, v, q_content and k_content are differentiable, the tables are not. Beside its inputs the op keeps only
+``Statistics`` for the backward pass: nothing of size N, and nothing of size D x E for each token. Both passes over
+tokens are sums and products that an implementation may split: a state reduction over the keys, then an apply over the
+queries.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def linear_attention(
         eps: what keeps a division finite; not negative.
 
     Returns:
-        (B, M, H, E) in the inputs' dtype (autocast's, where that is on), contiguous.
+        (B, M, H, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous.
 
     Raises:
         TypeError: for a non-tensor or a dtype that is not supported or not shared.
@@ -139,9 +141,10 @@ def prepare(
             _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
             _checks.check_device(_OP, name, value, q.device)
     if autocast is not None:
-        q, k, v = (value.to(autocast) for value in (q, k, v))
+        dtype = torch.promote_types(q.dtype, k.dtype) if feature_map == "identity" else autocast
+        q, k, v = (value.to(dtype) for value in (q, k, v))
         if q_content is not None and k_content is not None:
-            q_content, k_content = q_content.to(autocast), k_content.to(autocast)
+            q_content, k_content = q_content.to(dtype), k_content.to(dtype)
     return AttentionCall(q, k, v, q_content, k_content, cos, sin, normalizer, feature_map, float(scale), float(eps))
 
 

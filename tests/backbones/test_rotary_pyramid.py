@@ -10,7 +10,7 @@ from torch import nn
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 
-FAMILIES = ["ravlt"]
+FAMILIES = ["ravlt", "mavit", "nalaformer"]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -262,6 +262,17 @@ def test_autocast_decides_the_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(o, linear_attention(**rounded))
 
 
+def test_autocast_leaves_given_features_alone() -> None:
+    """Powers of projections may be beyond 16 bits."""
+    arguments = _inputs(feature_map="identity", dtype=torch.float32)
+    arguments |= {name: 1e5 * arguments[name] for name in ("q", "k")}
+    expected = linear_attention(**arguments)
+    with torch.autocast("cpu", torch.float16):
+        o = linear_attention(**(arguments | {"v": arguments["v"].half()}))
+    assert o.dtype == torch.float32
+    torch.testing.assert_close(o, expected, rtol=2e-3, atol=2e-3)  # v was rounded to float16
+
+
 def test_keeps_inputs_and_statistics_only() -> None:
     """What autograd saves does not grow with the tokens beyond the inputs themselves."""
     arguments = _inputs(1, 500, 2, 8, 4, normalizer="softmax_weighted", rotary="shared")

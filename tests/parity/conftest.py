@@ -4,7 +4,7 @@ Cases come from the folder that ``SUBQUAD_PARITY_DIR`` names (by default ``../sh
 from ``data/``, a small part of it in the same form. A test module that says ``SYSTEM = "name"`` gets that op's cases as
 the fixture ``case``; all other cases are models and go to ``test_models.py``.
 
-A system is one file ``systems/<name>.py`` with
+A system is one file ``systems/<name>.py``, or an entry in the ``SYSTEMS`` of a file there, with
 
 * ``MANIFESTS``: manifest name to the name of our model; ``MANIFEST_PATTERN``: which manifests belong to the system;
 * ``build(constructor)``: the model for upstream's constructor arguments;
@@ -57,7 +57,10 @@ def _load(path: Path) -> ModuleType:
 
 
 fill = _load(HERE / "fill.py").fill
-SYSTEMS = {path.stem: _load(path) for path in sorted((HERE / "systems").glob("*.py"))}
+SYSTEMS: dict[str, Any] = {}
+for _path in sorted((HERE / "systems").glob("*.py")):
+    _module = _load(_path)
+    SYSTEMS |= getattr(_module, "SYSTEMS", {_path.stem: _module})
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Manifest:
         return int(total)
 
     @property
-    def system(self) -> ModuleType | None:
+    def system(self) -> Any:
         """The system that the manifest belongs to, None if that is not implemented."""
         return next((system for system in SYSTEMS.values() if re.match(system.MANIFEST_PATTERN, self.name)), None)
 
@@ -120,7 +123,7 @@ class Case:
         return self.sidecar["system"]
 
     @property
-    def system(self) -> ModuleType:
+    def system(self) -> Any:
         return SYSTEMS[self.system_name]
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.backbones.layers import rotary_by_head, rotary_by_width
+from subquad.backbones.nalaformer import norm_aware_features
 
 SYSTEM = "ops"
 
@@ -77,11 +78,16 @@ def _mala(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
     return ops.linear_attention(q, k, v, rotary=rotary_by_head(q, height, width), **options)
 
 
-MIXERS = {"mlla": _mlla, "rala": _rala, "mala": _mala}
+def _nala(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    cos, sin = (torch.cat([table, table], dim=-1) for table in rotary_by_head(q, height, width))
+    return ops.linear_attention(*norm_aware_features(q, k), v, rotary=(cos, sin))
+
+
+MIXERS = {"mlla": _mlla, "rala": _rala, "mala": _mala, "nala": _nala}
 
 
 @RUNS
-@pytest.mark.cases(where=lambda case: case.sidecar["case"].split("_")[1] in MIXERS)
+@pytest.mark.cases(where=_starts_with("mixer"))
 def test_mixer(case: Any, backend: str, dtype: torch.dtype, assert_recorded: Callable[..., None]) -> None:
     tensors, constructor = case.tensors(), case.sidecar["constructor"]
     leaves = {name: tensors[name].to(dtype).requires_grad_() for name in "qkv"}
