@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -88,6 +89,41 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         # The convolution sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-5, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
+        x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)
+
+
+def ceil_to(size: int, multiple: int) -> int:
+    """The next multiple. In this form, not with a remainder, symbolic sizes of an export stay simple."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), layer norm."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, **dd: Any) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = ceil_to(x.shape[2], self.patch_size), ceil_to(x.shape[3], self.patch_size)
+        x = self.proj(F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])))
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 def in_turn(blocks: Sequence[Callable[..., nn.Module]]) -> Callable[..., nn.Module]:

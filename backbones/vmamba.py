@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Factory, Pyramid, StageSpec
+from subquad.backbones.layers import PatchMerging
 from subquad.backbones.registry import register_variants
 from subquad.ops import selective_scan
 from subquad.ops.selective_scan import CROSS
@@ -203,21 +204,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
-
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-5, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
-        x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)
 
 
 STEMS = {"conv": ConvStem, "patch": PatchStem}

@@ -33,7 +33,7 @@ VANISHING = 1e-7
 
 
 def _starts_with(prefix: str) -> Callable[[Any], bool]:
-    return lambda case: case.sidecar["case"].startswith(prefix)
+    return lambda case: case.system_name == SYSTEM and case.sidecar["case"].startswith(prefix)
 
 
 def _check(case: Any, check: Callable[..., None], key: str, value: Tensor, recorded: Tensor) -> None:

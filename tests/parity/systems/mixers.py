@@ -1,0 +1,116 @@
+"""Mixers in their hosts: upstream's constructor arguments, which differ from host to host, and variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from subquad.backbones.hosts.swin import MixerSwin
+
+_LETTERS = {"flatten": "L", "inline": "I", "polaformer": "L"}
+_SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "b_384": "base_384"}
+
+
+def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
+    """Blocks with the mixer in each stage; M is for the number of them that follows the letters."""
+    depths, kinds = constructor["depths"], constructor["attn_type"]
+    mixed = int(kinds[len(depths) :] or 0)
+    return [
+        depth if kind == letter else mixed if kind == "M" else 0 for kind, depth in zip(kinds, depths, strict=False)
+    ]
+
+
+def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    linear_window = constructor["window_size"]
+    return MixerSwin(
+        mixer,
+        _mixer_blocks(_LETTERS[mixer], constructor),
+        constructor["depths"],
+        constructor["num_heads"],
+        constructor["embed_dim"],
+        img_size=tuple(constructor["img_size"])
+        if isinstance(constructor["img_size"], list)
+        else constructor["img_size"],
+        window_size=(7 if linear_window <= 56 else 12) if mixer != "inline" else max(7, linear_window // 8),
+        patch_size=constructor.get("patch_size", 4),
+        mlp_ratio=constructor["mlp_ratio"],
+        num_classes=constructor.get("num_classes", 1000),
+        drop_path_rate=constructor["drop_path_rate"],
+    )
+
+
+def _upstream_shapes(mixer: str, constructor: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of upstream's float entries, from those of our model."""
+    state = _build(mixer, constructor).state_dict()
+    gated = tuple(name.removesuffix("power") for name in state if name.endswith(".attn.power"))
+    shapes = {
+        f"{name.rpartition('.')[0]}g.{name.rpartition('.')[2]}"
+        if name.startswith(gated) and ".qkv." in name
+        else name: value
+        for name, value in state.items()
+        if value.is_floating_point()
+    }
+    return dict(_upstream(name, tuple(value.shape)) for name, value in shapes.items())
+
+
+def _upstream(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    for pattern, replacement in _UPSTREAM_NAMES:
+        name = re.sub(pattern, replacement, name)
+    leaf = name.rpartition(".attn.")[2]
+    if leaf == "positional_encoding":
+        shape = (1, shape[1] * shape[2], shape[3])
+    elif leaf == "scale":
+        shape = (1, 1, *shape)
+    elif leaf == "power":
+        shape = (1, shape[0], 1, shape[1])
+    return name, shape
+
+
+_UPSTREAM_NAMES = [
+    (r"^stem\.", "patch_embed."),
+    *((rf"^stages\.{i + 1}\.downsample\.", f"layers.{i}.downsample.") for i in range(3)),
+    (r"^stages\.", "layers."),
+    (r"^head\.fc\.", "head."),
+    (r"\.attn\.attn\.", ".attn."),
+    (r"\.attn\.position$", ".attn.positional_encoding"),
+    (r"\.attn\.conv\.", ".attn.dwc."),
+    (r"\.attn\.predict1\.", ".attn.residual.0."),
+    (r"\.attn\.predict2\.", ".attn.residual.2."),
+]
+
+
+def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    assert constructor.get("focusing_factor", 3) == 3 and constructor.get("kernel_size", 5) == 5
+    return _swin(mixer, constructor)
+
+
+def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
+    manifests = {
+        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{_SIZES.get(size, size)}"
+        for host, sizes in hosts.items()
+        for size in sizes.split()
+    }
+    return SimpleNamespace(
+        __name__=mixer,
+        MANIFEST_PATTERN=rf"{prefix}_({'|'.join(hosts)})_",
+        MANIFESTS=manifests,
+        CLASSIFIER=r"(norm|head)\.",
+        OUTPUT_NORM=r"norm(?P<i>\d+)\.",
+        FLOAT32=True,
+        CASES=r"(^|_)swin_",
+        build=partial(_build, mixer),
+        upstream_shapes=partial(_upstream_shapes, mixer),
+        probes=lambda model: {},
+    )
+
+
+SYSTEMS = {
+    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384"}),
+    "inline": _system("inline", "inline", {"swin": "t s b b_384"}),
+    "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384"}),
+}
