@@ -476,15 +476,16 @@ def init_layer(module: nn.Module, name: str, needs_reset: bool) -> None:
 
 
 @register_notrace_function
-def resample_position(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Position embedding (1, H0, W0, C) for a map of another size, (1, height, width, C): bicubic, in float32."""
+def resample_position(pos_embed: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Position embedding (1, H0, W0, C) for a map of another size, (1, height, width, C), in float32 (or float64)."""
     # An exported program would keep a branch on sizes as it was for the example; resampling to the same size is exact.
     exporting = False
     if not torch.jit.is_scripting():
         exporting = torch.compiler.is_exporting()
     if not exporting and pos_embed.shape[1] == height and pos_embed.shape[2] == width:
         return pos_embed
-    resampled = F.interpolate(pos_embed.permute(0, 3, 1, 2).float(), size=[height, width], mode="bicubic")
+    wide = pos_embed if pos_embed.dtype == torch.float64 else pos_embed.float()
+    resampled = F.interpolate(wide.permute(0, 3, 1, 2), size=[height, width], mode=mode)
     return resampled.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 

@@ -20,7 +20,7 @@ from subquad.backbones import mixers, weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.hosts.origins import host_cfg
 from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
-from subquad.backbones.mixers import MixerBlock, find_mixer, from_windows, to_windows
+from subquad.backbones.mixers import MixerBlock, crop, find_mixer, from_windows, to_windows
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerSwin"]
@@ -137,7 +137,7 @@ def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
 def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
     """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
     x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
-    return x.roll((shift, shift), (1, 2))[:, :height, :width]
+    return crop(x.roll((shift, shift), (1, 2)), height, width)
 
 
 @register_notrace_function
@@ -231,8 +231,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inline_swin_base_384": {"mixer": "inline", "mixer_blocks": (2, 2, 2, 0), **_BASE_384},
     "test_flatten_swin": {
         "mixer": "flatten",
-        "mixer_blocks": (1, 1, 0, 0),
-        "depths": (1, 1, 2, 1),
+        "mixer_blocks": (1, 1, 1, 1),
+        "depths": (1, 1, 1, 1),
         "num_heads": (1, 2, 2, 4),
         "embed_dim": 8,
         "img_size": 96,

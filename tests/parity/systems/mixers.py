@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.swin import MixerSwin
 
 _LETTERS = {"flatten": "L", "inline": "I", "polaformer": "L"}
 _SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "b_384": "base_384"}
+_PVT_SIZES = {**_SIZES, "b": "large"}
 
 
 def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
@@ -44,25 +46,47 @@ def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     )
 
 
+def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    letter = _LETTERS[mixer]
+    return MixerPVT(
+        mixer,
+        constructor["depths"],
+        constructor["embed_dims"],
+        constructor["num_heads"],
+        mlp_ratios=constructor["mlp_ratios"],
+        mixer_stages=[kind == letter for kind in constructor["attn_type"]],
+        sr_ratios=constructor["sr_ratios"],
+        img_size=constructor["img_size"],
+        num_classes=constructor["num_classes"],
+    )
+
+
 def _upstream_shapes(mixer: str, constructor: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of upstream's float entries, from those of our model."""
     state = _build(mixer, constructor).state_dict()
-    gated = tuple(name.removesuffix("power") for name in state if name.endswith(".attn.power"))
-    shapes = {
-        f"{name.rpartition('.')[0]}g.{name.rpartition('.')[2]}"
-        if name.startswith(gated) and ".qkv." in name
-        else name: value
-        for name, value in state.items()
-        if value.is_floating_point()
-    }
-    return dict(_upstream(name, tuple(value.shape)) for name, value in shapes.items())
+    pvt = "embed_dims" in constructor
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in state.items():
+        prefix, _, leaf = name.rpartition(".attn.qkv.")
+        if not value.is_floating_point():
+            continue
+        if not prefix:
+            shapes |= [_upstream(name, tuple(value.shape), _PVT_NAMES if pvt else _SWIN_NAMES)]
+            continue
+        gate = "g" if f"{prefix}.attn.power" in state else ""
+        width = value.shape[0] // (4 if gate else 3)
+        parts = {f"q{gate}": 2 if gate else 1, "kv": 2} if pvt else {f"qkv{gate}": 4 if gate else 3}
+        for part, count in parts.items():
+            shape = (count * width, *value.shape[1:])
+            shapes |= [_upstream(f"{prefix}.attn.{part}.{leaf}", shape, _PVT_NAMES if pvt else _SWIN_NAMES)]
+    return shapes
 
 
-def _upstream(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    for pattern, replacement in _UPSTREAM_NAMES:
+def _upstream(name: str, shape: tuple[int, ...], names: list[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
+    for pattern, replacement in [*names, *_MIXER_NAMES]:
         name = re.sub(pattern, replacement, name)
     leaf = name.rpartition(".attn.")[2]
-    if leaf == "positional_encoding":
+    if leaf == "positional_encoding" or name.startswith("pos_embed"):
         shape = (1, shape[1] * shape[2], shape[3])
     elif leaf == "scale":
         shape = (1, 1, *shape)
@@ -71,12 +95,21 @@ def _upstream(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
-_UPSTREAM_NAMES = [
+_PVT_NAMES = [
+    (r"^stem\.position$", "pos_embed1"),
+    (r"^stem\.embed\.", "patch_embed1."),
+    *((rf"^stages\.{i}\.downsample\.position$", f"pos_embed{i + 1}") for i in range(1, 4)),
+    *((rf"^stages\.{i}\.downsample\.embed\.", f"patch_embed{i + 1}.") for i in range(1, 4)),
+    *((rf"^stages\.{i}\.blocks\.", f"block{i + 1}.") for i in range(4)),
+]
+_SWIN_NAMES = [
     (r"^stem\.", "patch_embed."),
     *((rf"^stages\.{i + 1}\.downsample\.", f"layers.{i}.downsample.") for i in range(3)),
     (r"^stages\.", "layers."),
-    (r"^head\.fc\.", "head."),
     (r"\.attn\.attn\.", ".attn."),
+]
+_MIXER_NAMES = [
+    (r"^head\.fc\.", "head."),
     (r"\.attn\.position$", ".attn.positional_encoding"),
     (r"\.attn\.conv\.", ".attn.dwc."),
     (r"\.attn\.predict1\.", ".attn.residual.0."),
@@ -86,23 +119,24 @@ _UPSTREAM_NAMES = [
 
 def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     assert constructor.get("focusing_factor", 3) == 3 and constructor.get("kernel_size", 5) == 5
-    return _swin(mixer, constructor)
+    return (_pvt if "embed_dims" in constructor else _swin)(mixer, constructor)
 
 
 def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
     manifests = {
-        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{_SIZES.get(size, size)}"
+        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{(_PVT_SIZES if host == 'pvt' else _SIZES)[size]}"
         for host, sizes in hosts.items()
         for size in sizes.split()
     }
     return SimpleNamespace(
         __name__=mixer,
-        MANIFEST_PATTERN=rf"{prefix}_({'|'.join(hosts)})_",
+        MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
+        UNUSED={name: ("norm.weight", "norm.bias") for name in manifests if "_pvt_" in name and mixer != "inline"},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
         OUTPUT_NORM=r"norm(?P<i>\d+)\.",
         FLOAT32=True,
-        CASES=r"(^|_)swin_",
+        CASES=r"(^|_)swin_|^pvt(_run_96x64)?$",
         build=partial(_build, mixer),
         upstream_shapes=partial(_upstream_shapes, mixer),
         probes=lambda model: {},
@@ -110,7 +144,7 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
 
 
 SYSTEMS = {
-    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384"}),
-    "inline": _system("inline", "inline", {"swin": "t s b b_384"}),
-    "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384"}),
+    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b"}),
+    "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b"}),
+    "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
 }
