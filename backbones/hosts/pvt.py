@@ -16,7 +16,7 @@ from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
-from subquad.backbones.base import Pyramid, StageSpec, resample_position
+from subquad.backbones.base import Factory, Pyramid, StageSpec, resample_position
 from subquad.backbones.hosts.origins import host_cfg
 from subquad.backbones.layers import PatchEmbed, check_heads
 from subquad.backbones.mixers import MixerBlock, find_mixer, fit_position
@@ -102,6 +102,7 @@ class MixerPVT(Pyramid):
             embeds.append(
                 partial(PositionedPatchEmbed, patch_size=2 if i else 4, resolution=resolution, of_images=i == 0)
             )
+            attention: Factory
             if mixer_stages[i]:
                 attention = partial(make_mixer, num_heads=heads, resolution=resolution)
             else:
