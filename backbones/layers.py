@@ -112,13 +112,13 @@ def ceil_to(size: int, multiple: int) -> int:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), layer norm."""
+    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then layer norm."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, **dd: Any) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True, **dd: Any) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = ceil_to(x.shape[2], self.patch_size), ceil_to(x.shape[3], self.patch_size)

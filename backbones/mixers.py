@@ -223,6 +223,9 @@ MIXERS: dict[str, Factory] = {
 }
 """Called as ``mixer(dim, num_heads, resolution, device=, dtype=)``."""
 
+PREFIX_MIXERS: dict[str, Factory] = {"inline": InjectiveAttention}
+"""Those that take ``prefix_tokens=`` too."""
+
 
 @register_notrace_function
 def to_windows(x: Tensor, side: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.swin import MixerSwin
 from subquad.backbones.mixers import MIXERS, dynamic_conv, focused_features
@@ -30,6 +31,16 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
                 assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
                 assert all(x.isfinite().all() for x in maps)
+
+
+def test_class_token_at_any_size_and_unfit_mixers() -> None:
+    host = MixerDeiT("inline", 16, 2, depth=2, patch_size=8, img_size=64).eval()
+    with torch.no_grad():
+        for height, width in ((64, 64), (96, 40), (45, 101)):
+            (taken,) = host.forward_intermediates(torch.randn(1, 3, height, width), indices=1, intermediates_only=True)
+            assert taken.shape == (1, 16, -(-height // 8), -(-width // 8))
+    with pytest.raises(ValueError, match=r"mixer must be one of \['inline'\], got 'flatten'"):
+        MixerDeiT("flatten", 16, 2)
 
 
 def test_unknown_mixer_and_bad_stages() -> None:

@@ -11,8 +11,9 @@ A system is one file ``systems/<name>.py``, or an entry in the ``SYSTEMS`` of a 
 * ``CLASSIFIER``: pattern of the upstream names that a detection backbone lacks, ``OUTPUT_NORM``: pattern of those that
   only it has, whose group ``i`` is the stage;
 * ``LEGACY_NAMES``: where an older release had other names, renames from the current ones;
-* ``probes(model)``: upstream module name to a module of ours with the same output;
+* ``probes(model)``: upstream module name, or a recorded ``out/...``, to a module of ours with the same output;
 * where fill cases without a manifest need it, ``upstream_shapes(constructor)``: upstream's names and shapes;
+* ``SURPLUS``: manifest name to the number of upstream's parameters that our model has no use for, if there are any;
 * where its results were recorded in float32, ``FLOAT32 = True``;
 * where only some cases can run, ``CASES``: pattern of their names.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.swin import MixerSwin
 
@@ -56,6 +57,19 @@ def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         mlp_ratios=constructor["mlp_ratios"],
         mixer_stages=[kind == letter for kind in constructor["attn_type"]],
         sr_ratios=constructor["sr_ratios"],
+        img_size=constructor["img_size"],
+        num_classes=constructor["num_classes"],
+    )
+
+
+def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    return MixerDeiT(
+        mixer,
+        constructor["embed_dim"],
+        constructor["num_heads"],
+        depth=constructor["depth"],
+        mlp_ratio=constructor["mlp_ratio"],
+        patch_size=constructor["patch_size"],
         img_size=constructor["img_size"],
         num_classes=constructor["num_classes"],
     )
@@ -119,7 +133,16 @@ _MIXER_NAMES = [
 
 def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     assert constructor.get("focusing_factor", 3) == 3 and constructor.get("kernel_size", 5) == 5
+    if isinstance(constructor.get("depth"), int):
+        return _deit(mixer, constructor)
     return (_pvt if "embed_dims" in constructor else _swin)(mixer, constructor)
+
+
+def _probes(model: nn.Module) -> dict[str, nn.Module]:
+    """DeiT's tokens were recorded with the class token."""
+    if not isinstance(model, MixerDeiT):
+        return {}
+    return {f"out/block{i}": block for i, block in enumerate(model.blocks)} | {"out/norm": model.norm}
 
 
 def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
@@ -131,20 +154,22 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
     return SimpleNamespace(
         __name__=mixer,
         MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
-        UNUSED={name: ("norm.weight", "norm.bias") for name in manifests if "_pvt_" in name and mixer != "inline"},
+        # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading.
+        SURPLUS={name: 2 * 512 for name in manifests if "_pvt_" in name and mixer != "inline"}
+        | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
         OUTPUT_NORM=r"norm(?P<i>\d+)\.",
         FLOAT32=True,
-        CASES=r"(^|_)swin_|^pvt(_run_96x64)?$",
+        CASES=r"(^|_)swin_|^pvt(_run_96x64)?$|^deit$",
         build=partial(_build, mixer),
         upstream_shapes=partial(_upstream_shapes, mixer),
-        probes=lambda model: {},
+        probes=_probes,
     )
 
 
 SYSTEMS = {
     "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b"}),
-    "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b"}),
+    "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}),
     "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
 }
