@@ -259,6 +259,8 @@ class MixerBlock(nn.Module):
         mlp_ratio: hidden size of the MLP over the channels.
         eps: of the norms.
         window: side of the square windows that the mixer sees one by one, 0 for the whole map.
+        mlp: called as ``mlp(dim, hidden, device=, dtype=)``, on maps.
+        out_norm: a norm behind the block.
     """
 
     def __init__(
@@ -269,6 +271,8 @@ class MixerBlock(nn.Module):
         mlp_ratio: float,
         eps: float,
         window: int = 0,
+        mlp: Factory = Mlp,
+        out_norm: bool = False,
         drop_path: float = 0.0,
         device: Any = None,
         dtype: Any = None,
@@ -279,7 +283,8 @@ class MixerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = mixer(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), **dd)
+        self.out_norm = nn.LayerNorm(dim, eps=eps, **dd) if out_norm else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,7 +296,7 @@ class MixerBlock(nn.Module):
         else:
             y = self.attn(y.flatten(1, 2), [height, width]).unflatten(1, (height, width))
         x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.out_norm(x + self.drop_path(self.mlp(self.norm2(x))))
 
 
 def check_mixer(dim: int, num_heads: int) -> None:

@@ -7,12 +7,13 @@ the fixture ``case``; all other cases are models and go to ``test_models.py``.
 A system is one file ``systems/<name>.py``, or an entry in the ``SYSTEMS`` of a file there, with
 
 * ``MANIFESTS``: manifest name to the name of our model; ``MANIFEST_PATTERN``: which manifests belong to the system;
-* ``build(constructor)``: the model for upstream's constructor arguments;
+* ``build(constructor)``: the model for upstream's constructor arguments; ``build_case(case)`` where these do not tell;
 * ``CLASSIFIER``: pattern of the upstream names that a detection backbone lacks, ``OUTPUT_NORM``: pattern of those that
   only it has, whose group ``i`` is the stage;
 * ``LEGACY_NAMES``: where an older release had other names, renames from the current ones;
 * ``probes(model)``: upstream module name, or a recorded ``out/...``, to a module of ours with the same output;
 * where fill cases without a manifest need it, ``upstream_shapes(constructor)``: upstream's names and shapes;
+* where a norm ends each stage, ``taps(model)``: a recorded ``out/...`` to a module of ours that it is the input of;
 * ``SURPLUS``: manifest name to the number of upstream's parameters that our model has no use for, if there are any;
 * where its results were recorded in float32, ``FLOAT32 = True``;
 * where only some cases can run, ``CASES``: pattern of their names.
@@ -133,6 +134,12 @@ class Case:
     @property
     def system(self) -> Any:
         return SYSTEMS[self.system_name]
+
+    def build(self) -> Any:
+        """The system's model for the case, with random weights."""
+        if (build_case := getattr(self.system, "build_case", None)) is not None:
+            return build_case(self)
+        return self.system.build(self.sidecar["constructor"])
 
     @property
     def is_model(self) -> bool:

@@ -48,7 +48,7 @@ def _convert(model: nn.Module, state: dict[str, Tensor], absent: tuple[str, ...]
 def _prepare(case: Any, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     """The model in eval mode with the case's weights, the recorded tensors, and the detection norms."""
     state, norms = _split_norms(case, case.state())
-    model = case.system.build(case.sidecar["constructor"]).to(dtype).eval()
+    model = case.build().to(dtype).eval()
     backbone_only = not any(re.match(case.system.CLASSIFIER, name) for name in state)
     absent = ("norm.", "head.") if backbone_only else ()
     model.load_state_dict(_convert(model, {name: value.to(dtype) for name, value in state.items()}, absent))
@@ -71,12 +71,17 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
     for name, module in case.system.probes(model).items():
         key = name if name.startswith("out/") else f"probe/{name}"
         module.register_forward_hook(lambda _module, _args, output, key=key: seen.update({key: output}))
+    for name, module in getattr(case.system, "taps", lambda model: {})(model).items():
+        # permuted here, because a map of as many channels as pixels a side does not show its layout
+        module.register_forward_hook(
+            lambda _module, args, _output, name=name: seen.update({name: args[0].permute(0, 3, 1, 2)})
+        )
     image = recorded["input"].to(dtype)
     seen["out/logits"] = model(image)
     stages = model.forward_intermediates(image, intermediates_only=True)
     compared = set()
     for i, stage in enumerate([] if isinstance(model, Isotropic) else stages):
-        seen[f"out/stage{i}"] = stage
+        seen[f"out/stage{i}_norm" if f"out/stage{i}_norm" in recorded else f"out/stage{i}"] = stage
         if triple := _triple(case, recorded, i):
             for key, part in triple.items():
                 mine = torch.stack([stage.mean(), stage.std()]) if key.endswith("std") else stage.flatten()[:64]
@@ -125,7 +130,7 @@ def test_gradients(case: Any, dtype: torch.dtype, assert_recorded: Callable[...,
     """The gradient of the image and of every one of upstream's parameters."""
     state, _ = _split_norms(case, case.state())
     leaves = {name: value.to(dtype).requires_grad_(not _is_statistic(name)) for name, value in state.items()}
-    model = case.system.build(case.sidecar["constructor"]).to(dtype).eval()
+    model = case.build().to(dtype).eval()
     recorded = case.tensors()
     image = recorded["input"].to(dtype).requires_grad_()
     logits = torch.func.functional_call(model, _convert(model, leaves), (image,))

@@ -12,11 +12,12 @@ from torch import nn
 
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin
 
 _LETTERS = {"flatten": "L", "inline": "I", "polaformer": "L"}
-_SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "b_384": "base_384"}
-_PVT_SIZES = {**_SIZES, "b": "large"}
+_NAMES_OF_SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "b_384": "base_384"}
+_SIZES = {"swin": _NAMES_OF_SIZES, "deit": _NAMES_OF_SIZES, "pvt": {**_NAMES_OF_SIZES, "b": "large"}, "pvt_v2": {}}
 
 
 def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
@@ -60,6 +61,24 @@ def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         img_size=constructor["img_size"],
         num_classes=constructor["num_classes"],
     )
+
+
+def _pvt_v2(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    return MixerPVT2(
+        mixer,
+        constructor["depths"],
+        constructor["embed_dims"],
+        constructor["num_heads"],
+        mlp_ratios=constructor["mlp_ratios"],
+        img_size=constructor["img_size"],
+        num_classes=constructor["num_classes"],
+    )
+
+
+def _taps(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, MixerPVT2):
+        return {}
+    return {f"out/stage{i}": stage.blocks[-1].out_norm for i, stage in enumerate(model.stages)}
 
 
 def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
@@ -138,6 +157,13 @@ def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     return (_pvt if "embed_dims" in constructor else _swin)(mixer, constructor)
 
 
+def _build_case(mixer: str, case: Any) -> nn.Module:
+    """PVT and PVT v2 have the same arguments."""
+    if case.sidecar["case"].startswith("pvt_v2"):
+        return _pvt_v2(mixer, case.sidecar["constructor"])
+    return _build(mixer, case.sidecar["constructor"])
+
+
 def _probes(model: nn.Module) -> dict[str, nn.Module]:
     """DeiT's tokens were recorded with the class token."""
     if not isinstance(model, MixerDeiT):
@@ -147,7 +173,7 @@ def _probes(model: nn.Module) -> dict[str, nn.Module]:
 
 def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
     manifests = {
-        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{(_PVT_SIZES if host == 'pvt' else _SIZES)[size]}"
+        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{_SIZES[host].get(size, size)}"
         for host, sizes in hosts.items()
         for size in sizes.split()
     }
@@ -155,21 +181,22 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
         __name__=mixer,
         MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
         # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading.
-        SURPLUS={name: 2 * 512 for name in manifests if "_pvt_" in name and mixer != "inline"}
+        SURPLUS={name: 2 * 512 for name in manifests if re.search(r"_pvt_[tsmb]", name) and mixer != "inline"}
         | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
-        OUTPUT_NORM=r"norm(?P<i>\d+)\.",
+        OUTPUT_NORM=r"(?!)",  # no case of a detection backbone; norm1 to norm4 are PVT v2's own
         FLOAT32=True,
-        CASES=r"(^|_)swin_|^pvt(_run_96x64)?$|^deit$",
-        build=partial(_build, mixer),
+        CASES=r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|^deit$",
+        build_case=partial(_build_case, mixer),
         upstream_shapes=partial(_upstream_shapes, mixer),
         probes=_probes,
+        taps=_taps,
     )
 
 
 SYSTEMS = {
-    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b"}),
+    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}),
     "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}),
     "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
 }
