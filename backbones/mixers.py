@@ -108,8 +108,6 @@ def _focus(x: Tensor, power: int) -> Tensor:
 class FocusedAttention(PositionedMixer):
     """FLatten's mixer, with features to the third power; arguments as in ``PositionedMixer``."""
 
-    power = 3
-
     def __init__(
         self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
     ) -> None:

@@ -65,6 +65,7 @@ class MixerDeiT(Isotropic):
     """
 
     checkpoint_key = "model"
+    """What the official evaluation loads."""
 
     def __init__(
         self,

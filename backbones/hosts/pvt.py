@@ -72,6 +72,7 @@ class MixerPVT(Pyramid):
     """
 
     checkpoint_key = "model"
+    """What the official evaluation loads."""
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class MixerPVT2(Pyramid):
     """
 
     checkpoint_key = "model"
+    """What the official evaluation loads."""
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class MixerSwin(Pyramid):
     """
 
     checkpoint_key = "model"
+    """What the official evaluation loads."""
 
     def __init__(
         self,

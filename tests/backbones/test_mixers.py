@@ -10,7 +10,7 @@ from torch import nn
 
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
-from subquad.backbones.hosts.swin import MixerSwin
+from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
 from subquad.backbones.mixers import MIXERS, dynamic_conv, focused_features
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -31,6 +31,23 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
                 assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
                 assert all(x.isfinite().all() for x in maps)
+
+
+@pytest.mark.parametrize("mixer", ["flatten", "polaformer"])
+def test_weights_for_another_image_size(mixer: str) -> None:
+    """Fine-tuning at a larger size starts from resampled tables: of positions and of relative positions in windows."""
+    small = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN)
+    large = MixerSwin(mixer, (1, 1, 0, 0), window_size=6, **SMALL_SWIN | {"img_size": 192})
+    state = small.state_dict()
+    position, table = "stages.0.blocks.0.attn.position", "stages.2.blocks.1.attn.attn.relative_position_bias_table"
+    state[position] = torch.randn_like(state[position])
+    state[table] = torch.arange(2.0).expand_as(state[table])
+    filtered = checkpoint_filter_fn(state, large)
+    large.load_state_dict(filtered)
+    expected = nn.functional.interpolate(state[position].permute(0, 3, 1, 2), size=(48, 48), mode="bicubic")
+    torch.testing.assert_close(filtered[position], expected.permute(0, 2, 3, 1))
+    # a table that is constant over the window stays so
+    torch.testing.assert_close(filtered[table], torch.arange(2.0).expand(11 * 11, 2))
 
 
 def test_class_token_at_any_size_and_unfit_mixers() -> None:
