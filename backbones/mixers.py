@@ -1,5 +1,6 @@
 """Token mixers of linear cost that their authors put into other people's hosts (``backbones/hosts``).
 
+    agent       agent attention, arXiv 2312.08874, https://github.com/LeapLabTHU/Agent-Attention
     flatten     focused linear attention, arXiv 2308.00442, https://github.com/LeapLabTHU/FLatten-Transformer
     inline      injective linear attention, arXiv 2412.06590, https://github.com/LeapLabTHU/InLine
     polaformer  polarity-aware linear attention, arXiv 2501.15061, https://github.com/ZacharyMeng/PolaFormer
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
-from subquad.backbones.layers import attend
+from subquad.backbones.layers import DepthwiseConv, attend
 
 
 class HeadConv(nn.Conv2d):
@@ -214,14 +215,118 @@ class InjectiveAttention(nn.Module):
         return self.proj(o + local)
 
 
+@register_notrace_function
+def pool_tokens(x: Tensor, height: int, width: int, side: int) -> Tensor:
+    """Adaptive average pooling of maps (B, height * width, C) to tokens (B, side ** 2, C), as two matrix products.
+
+    So that an exported program pools maps of any size.
+    """
+    rows, columns = _pooling(x, height, side), _pooling(x, width, side)
+    x = torch.einsum("ih,bhwc->biwc", rows, x.unflatten(1, (height, width)))
+    return torch.einsum("jw,biwc->bijc", columns, x).flatten(1, 2)
+
+
+def _pooling(x: Tensor, size: int, bins: int) -> Tensor:
+    """Weights (bins, size) of bins from floor(i size / bins) to ceil((i + 1) size / bins)."""
+    i, pixel = torch.arange(bins, device=x.device)[:, None], torch.arange(size, device=x.device)
+    inside = (pixel >= i * size // bins) & (pixel < ((i + 1) * size + bins - 1) // bins)
+    weights = inside.to(x.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@register_notrace_function
+def agent_bias(blocks: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int) -> Tensor:
+    """Bias between agents and tokens (heads, agents, N) from a coarse table, a row and a column table.
+
+    Args:
+        blocks: (heads, agents, 7, 7).
+        rows, columns: (heads, agents, H0, 1) and (heads, agents, 1, W0); their sum is resampled for other maps.
+        prefix: (heads, agents, prefix tokens) or None.
+    """
+    size = [height, width]
+    fine = F.interpolate(blocks, size=size, mode="bilinear") + F.interpolate(rows + columns, size=size, mode="bilinear")
+    fine = fine.flatten(2)
+    if prefix is not None:
+        fine = torch.cat([prefix, fine], dim=-1)
+    return fine
+
+
+class AgentAttention(nn.Module):
+    """Agent attention: softmax attention of pooled queries to all keys, then of all queries to what these found.
+
+    Args:
+        dim, num_heads: channels and heads.
+        resolution: height and width that the bias tables are made for.
+        agents: number of pooled queries, a square.
+        prefix_tokens: 1 for a class token, which is not pooled and has biases of its own.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        resolution: tuple[int, int],
+        agents: int = 49,
+        prefix_tokens: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_mixer(dim, num_heads)
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.prefix_tokens = prefix_tokens
+        self.side = int(agents**0.5)
+        if self.side**2 != agents:
+            raise ValueError(f"agents must be a square, got {agents}")
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.conv = DepthwiseConv(dim, 3, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        height, width = resolution
+        # "a" is for agents, "n" for pixels in blocks, "h" and "w" for rows and columns, "c" for the class token; the
+        # first letter is what asks.
+        for name, shape in {
+            "an_bias": (7, 7),
+            "na_bias": (7, 7),
+            "ah_bias": (height, 1),
+            "aw_bias": (1, width),
+            "ha_bias": (height, 1),
+            "wa_bias": (1, width),
+        }.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_heads, agents, *shape, **dd)))
+        for name in ("ac_bias", "ca_bias"):
+            bias = nn.Parameter(torch.empty(num_heads, agents, prefix_tokens, **dd)) if prefix_tokens else None
+            self.register_parameter(name, bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Biases start as linear layers do."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        height, width = feat_size[0], feat_size[1]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        agents = pool_tokens(q[:, self.prefix_tokens :], height, width, self.side)
+        local = self.conv(v[:, self.prefix_tokens :].unflatten(1, (height, width))).flatten(1, 2)
+        asking = agent_bias(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, height, width)
+        answering = agent_bias(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, height, width)
+        q, k, heads, agents = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, agents))
+        found = F.scaled_dot_product_attention(agents, k, heads, attn_mask=asking.to(q.dtype).unsqueeze(0))
+        o = F.scaled_dot_product_attention(q, agents, found, attn_mask=answering.mT.to(q.dtype).unsqueeze(0))
+        return self.proj(o.transpose(1, 2).flatten(2) + F.pad(local, (0, 0, self.prefix_tokens, 0)))
+
+
 MIXERS: dict[str, Factory] = {
+    "agent": AgentAttention,
     "flatten": FocusedAttention,
     "inline": InjectiveAttention,
     "polaformer": PolarityAttention,
 }
 """Called as ``mixer(dim, num_heads, resolution, device=, dtype=)``."""
 
-PREFIX_MIXERS: dict[str, Factory] = {"inline": InjectiveAttention}
+PREFIX_MIXERS: dict[str, Factory] = {"agent": AgentAttention, "inline": InjectiveAttention}
 """Those that take ``prefix_tokens=`` too."""
 
 
@@ -337,11 +442,26 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
             continue
         elif leaf == "position" and name in expected:
             fitted[name] = fit_position(value, expected[name])
+        elif leaf.endswith("_bias") and name in expected:
+            fitted[name] = fit_agent_bias(leaf, value, expected[name])
         elif leaf in ("scale", "power") and name in expected and value.numel() == expected[name].numel():
             fitted[name] = value.reshape(expected[name].shape)
         else:
             fitted[name] = value
     return fitted
+
+
+def fit_agent_bias(name: str, value: Tensor, expected: Tensor) -> Tensor:
+    """A bias of agents in our order of axes, (heads, agents, ...), linearly resampled along rows or columns."""
+    if value.dim() == 5 and name in ("ha_bias", "wa_bias"):
+        value = value.squeeze(0).movedim(-1, 1)  # (heads, H, 1, agents)
+    elif name == "ca_bias" and value.dim() == 4:
+        value = value.squeeze(0).movedim(-1, 1)
+    elif value.dim() == expected.dim() + 1:
+        value = value.squeeze(0)
+    if value.dim() == 4 and value.shape[:2] == expected.shape[:2] and value.shape != expected.shape:
+        value = F.interpolate(value, size=expected.shape[2:], mode="bilinear")
+    return value
 
 
 def fit_position(value: Tensor, expected: Tensor) -> Tensor:

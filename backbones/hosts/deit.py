@@ -5,10 +5,11 @@ The sizes are those of the mixer's authors, smaller than DeiT's for larger image
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, to_2tuple
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Factory, Isotropic, resample_position
 from subquad.backbones.hosts.origins import host_cfg
-from subquad.backbones.layers import PatchEmbed
+from subquad.backbones.layers import PatchEmbed, in_turn
 from subquad.backbones.mixers import PREFIX_MIXERS
 from subquad.backbones.registry import register_variants
 
@@ -49,12 +50,28 @@ class TokenBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class SoftmaxAttention(nn.Module):
+    """DeiT's own mixer, called as the others are."""
+
+    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
+        o = F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.proj(o.transpose(1, 2).flatten(2))
+
+
 class MixerDeiT(Isotropic):
     """DeiT with a mixer.
 
     Args:
         mixer: one of ``PREFIX_MIXERS``, those that know what to do with a class token.
         dim, depth, num_heads, mlp_ratio: width, number of blocks, heads, hidden size of the MLP over the width.
+        agents: of the agent mixer, for each block; None for a block with softmax attention.
         patch_size: pixels per token along one axis.
         img_size: size (or height and width) that the position embedding is made for; others run too.
         in_chans, global_pool, device, dtype, isotropic: arguments of ``Isotropic``.
@@ -75,6 +92,7 @@ class MixerDeiT(Isotropic):
         *,
         depth: int = 12,
         mlp_ratio: float = 4.0,
+        agents: Sequence[int | None] | None = None,
         patch_size: int = 16,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
@@ -85,11 +103,17 @@ class MixerDeiT(Isotropic):
     ) -> None:
         if mixer not in PREFIX_MIXERS:
             raise ValueError(f"mixer must be one of {list(PREFIX_MIXERS)}, got {mixer!r}")
+        if agents is not None and len(agents) != depth:
+            raise ValueError(f"agents must have one entry for each of {depth} blocks, got {tuple(agents)}")
         height, width = (max(1, side // patch_size) for side in to_2tuple(img_size))
         attention = partial(PREFIX_MIXERS[mixer], num_heads=num_heads, resolution=(height, width), prefix_tokens=1)
+        softmax = partial(SoftmaxAttention, num_heads=num_heads)
+        kinds: list[Factory] = [attention] * depth
+        if agents is not None:
+            kinds = [softmax if number is None else partial(attention, agents=number) for number in agents]
         super().__init__(
             PatchEmbed(in_chans, dim, patch_size, norm=False, device=device, dtype=dtype),
-            partial(TokenBlock, mixer=attention, mlp_ratio=mlp_ratio),
+            in_turn([partial(TokenBlock, mixer=kind, mlp_ratio=mlp_ratio) for kind in kinds]),
             dim=dim,
             depth=depth,
             reduction=patch_size,
@@ -142,13 +166,30 @@ def _cfg(mixer: str, side: int, share: str = "", size: str = "", **kwargs: Any) 
 
 default_cfgs = generate_default_cfgs(
     {
+        "agent_deit_tiny.in1k": _cfg("agent", 224, "57e0904221824ee7b7af", "tiny"),
+        "agent_deit_small.in1k": _cfg("agent", 224, "fdd43304372541db8ea7", "small"),
+        "agent_deit_small_448.in1k": _cfg("agent", 448, "a228f86241c445f1969b", "small_448"),
+        "agent_deit_base.in1k": _cfg("agent", 224, "5115f15fdd7e4ab58fbc", "base"),
         "inline_deit_tiny.in1k": _cfg("inline", 224, "1d6b8191ad6d4114b291", "tiny"),
         "inline_deit_small.in1k": _cfg("inline", 288, "2f3898b07e9247f3beb3", "small"),
         "inline_deit_base.in1k": _cfg("inline", 448, "10bdd726d4b0435eb34e", "base"),
     }
 )
 
+_AGENT_SMALL: dict[str, Any] = {"mixer": "agent", "dim": 384, "num_heads": 6, "drop_path_rate": 0.1}
+_FOUR_OF_81 = (*[81] * 4, *[None] * 8)
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    "agent_deit_tiny": {"mixer": "agent", "dim": 192, "num_heads": 3},
+    "agent_deit_small": _AGENT_SMALL,
+    "agent_deit_small_448": {**_AGENT_SMALL, "img_size": 448},
+    "agent_deit_base": {
+        "mixer": "agent",
+        "dim": 768,
+        "num_heads": 12,
+        "agents": _FOUR_OF_81,
+        "drop_path_rate": 0.3,
+    },
     "inline_deit_tiny": {"mixer": "inline", "dim": 192, "num_heads": 6, "drop_path_rate": 0.1},
     "inline_deit_small": {"mixer": "inline", "dim": 320, "num_heads": 10, "img_size": 288, "drop_path_rate": 0.1},
     "inline_deit_base": {"mixer": "inline", "dim": 384, "num_heads": 12, "img_size": 448, "drop_path_rate": 0.1},

@@ -7,6 +7,13 @@ from typing import Any
 _NO_LICENSE = "The official code has no licence file, and none is stated for the weights."
 
 _ORIGINS: dict[str, dict[str, Any]] = {
+    "agent": {
+        "license": "unknown",
+        "notes": (_NO_LICENSE,),
+        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
+        "paper_ids": "arXiv:2312.08874",
+    },
     "flatten": {
         "license": "unknown",
         "notes": (_NO_LICENSE,),

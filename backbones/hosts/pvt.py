@@ -60,6 +60,7 @@ class MixerPVT(Pyramid):
 
     Args:
         mixer: one of ``MIXERS``.
+        mixer_options: further arguments of the mixer, for each stage.
         depths, dims, num_heads, mlp_ratios: blocks, channels, heads and relative width of the MLP of each stage.
         mixer_stages: which stages have the mixer; the others have softmax attention.
         sr_ratios: by how much softmax attention reduces the map of its keys, for each stage.
@@ -85,13 +86,16 @@ class MixerPVT(Pyramid):
         mixer_stages: Sequence[bool] = (True, True, True, True),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         img_size: int | tuple[int, int] = 224,
+        mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
         **pyramid: Any,
     ) -> None:
         check_heads(depths, dims, num_heads)
-        for name, values in (("mlp_ratios", mlp_ratios), ("mixer_stages", mixer_stages), ("sr_ratios", sr_ratios)):
+        given: dict[str, Sequence[Any]] = {"mlp_ratios": mlp_ratios, "mixer_stages": mixer_stages}
+        given |= {"sr_ratios": sr_ratios, "mixer_options": mixer_options}
+        for name, values in given.items():
             if len(values) != len(depths):
                 raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
         make_mixer = find_mixer(mixer)
@@ -105,7 +109,7 @@ class MixerPVT(Pyramid):
             )
             attention: Factory
             if mixer_stages[i]:
-                attention = partial(make_mixer, num_heads=heads, resolution=resolution)
+                attention = partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=resolution)
             else:
                 attention = partial(Attention, num_heads=heads, sr_ratio=sr_ratios[i])
             block = partial(MixerBlock, mixer=attention, mlp_ratio=mlp_ratios[i], eps=1e-6)
@@ -152,8 +156,15 @@ def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str
     return host_cfg(mixer, first_conv="stem.embed.proj", share=share, file=f"{mixer}_pvt_{size}.pth", **kwargs)
 
 
+_256: dict[str, Any] = {"input_size": (3, 256, 256), "pool_size": (8, 8)}
+
 default_cfgs = generate_default_cfgs(
     {
+        "agent_pvt_tiny.in1k": _cfg("agent", "13fdf0e0a7c5498c934f", "tiny"),
+        "agent_pvt_small.in1k": _cfg("agent", "36b8be9a8863456685a3", "small"),
+        "agent_pvt_medium.in1k": _cfg("agent", "4d00ecacf18b45f9b88c", "medium"),
+        "agent_pvt_medium_256.in1k": _cfg("agent", "654df734121643b19c52", "medium_256", **_256),
+        "agent_pvt_large.in1k": _cfg("agent", "040cfe0cfbbe4762ad09", "large"),
         "flatten_pvt_tiny.in1k": _cfg("flatten", "3ab1d773f19d45648690", "tiny"),
         "flatten_pvt_small.untrained": _cfg("flatten"),
         "flatten_pvt_medium.untrained": _cfg("flatten"),
@@ -178,6 +189,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _HEADS: dict[str, dict[str, Any]] = {"flatten": {}, "inline": {"num_heads": (2, 4, 10, 16)}, "polaformer": {}}
 
+_AGENT: dict[str, Any] = {"mixer": "agent", "mixer_options": [{"agents": n} for n in (9, 16, 49, 49)]}
+
 # The authors call the largest one base as well as large.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{
@@ -185,6 +198,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for mixer, heads in _HEADS.items()
         for size, options in _SIZES.items()
     },
+    **{f"agent_pvt_{size}": {**_AGENT, **options} for size, options in _SIZES.items()},
+    "agent_pvt_medium_256": {**_AGENT, **_SIZES["medium"], "img_size": 256},
     "test_inline_pvt": {
         "mixer": "inline",
         "depths": (1, 1, 1, 1),

@@ -31,6 +31,7 @@ class MixerSwin(Pyramid):
 
     Args:
         mixer: one of ``MIXERS``.
+        mixer_options: further arguments of the mixer, for each stage.
         mixer_blocks: for each stage how many of its first blocks have the mixer.
         depths, num_heads: blocks and heads of each stage.
         embed_dim: channels of the first stage; they double from stage to stage.
@@ -60,6 +61,7 @@ class MixerSwin(Pyramid):
         window_size: int = 7,
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
+        mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
@@ -69,6 +71,8 @@ class MixerSwin(Pyramid):
         check_heads(depths, dims, num_heads)
         if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
             raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
+        if len(mixer_options) < len(depths):
+            raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
         make_mixer = find_mixer(mixer)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
@@ -77,7 +81,7 @@ class MixerSwin(Pyramid):
             # Upstream sees a map that is not square in square windows of its shorter side.
             linear = partial(
                 MixerBlock,
-                mixer=partial(make_mixer, num_heads=heads, resolution=(side, side)),
+                mixer=partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=(side, side)),
                 mlp_ratio=mlp_ratio,
                 eps=1e-5,
                 window=0 if height == width else side,
@@ -193,10 +197,16 @@ def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str
 
 
 _384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+_288: dict[str, Any] = {"input_size": (3, 288, 288), "pool_size": (9, 9), "crop_pct": 1.0}
 _TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
 
 default_cfgs = generate_default_cfgs(
     {
+        "agent_swin_tiny.in1k": _cfg("agent", "a2ddc1190c224f768a41", "tiny"),
+        "agent_swin_small.in1k": _cfg("agent", "f607172c9fea4d6e99bb", "small"),
+        "agent_swin_small_288.in1k": _cfg("agent", "09760394e93b4046a25e", "small_288", **_288),
+        "agent_swin_base.in1k": _cfg("agent", "4fcd2d0114bb490483c3", "base"),
+        "agent_swin_base_384.in1k": _cfg("agent", "bb84ee9058954706a557", "base_384", **_384),
         "flatten_swin_tiny.in1k": _cfg("flatten", "e1518e76703e4e57a7f2", "tiny"),
         "flatten_swin_small.in1k": _cfg("flatten", "94188e52af354bf4a88b", "small"),
         "flatten_swin_base.in1k": _cfg("flatten", "7a9e5186bad04e7fb3a9", "base"),
@@ -220,7 +230,14 @@ _BASE_384 = {**_BASE, "img_size": 384, "window_size": 12}
 _HALF = (2, 2, 0, 0)
 """Stages 1 and 2."""
 
+_AGENT = {"mixer": "agent", "mixer_options": [{"agents": n} for n in (9, 16, 49, 49)]}
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    "agent_swin_tiny": {**_AGENT, "mixer_blocks": (2, 2, 6, 0), **_TINY},
+    "agent_swin_small": {**_AGENT, "mixer_blocks": _HALF, **_SMALL},
+    "agent_swin_small_288": {**_AGENT, "mixer_blocks": _HALF, **_SMALL, "img_size": 288, "window_size": 9},
+    "agent_swin_base": {**_AGENT, "mixer_blocks": (2, 2, 2, 0), **_BASE},
+    "agent_swin_base_384": {**_AGENT, "mixer_blocks": (2, 2, 2, 0), **_BASE_384},
     **{
         f"{mixer}_swin_{size}": {"mixer": mixer, "mixer_blocks": _HALF, **options}
         for mixer in ("flatten", "polaformer")

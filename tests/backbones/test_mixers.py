@@ -56,12 +56,12 @@ def test_class_token_at_any_size_and_unfit_mixers() -> None:
         for height, width in ((64, 64), (96, 40), (45, 101)):
             (taken,) = host.forward_intermediates(torch.randn(1, 3, height, width), indices=1, intermediates_only=True)
             assert taken.shape == (1, 16, -(-height // 8), -(-width // 8))
-    with pytest.raises(ValueError, match=r"mixer must be one of \['inline'\], got 'flatten'"):
+    with pytest.raises(ValueError, match=r"mixer must be one of \['agent', 'inline'\], got 'flatten'"):
         MixerDeiT("flatten", 16, 2)
 
 
 def test_unknown_mixer_and_bad_stages() -> None:
-    with pytest.raises(ValueError, match=r"unknown mixer 'linformer', expected one of \['flatten'"):
+    with pytest.raises(ValueError, match=r"unknown mixer 'linformer', expected one of \['agent'"):
         MixerSwin("linformer", (2, 2, 0, 0))
     with pytest.raises(ValueError, match=r"mixer_blocks must be at most depths=.*got \(3, 0, 0, 0\)"):
         MixerSwin("inline", (3, 0, 0, 0))

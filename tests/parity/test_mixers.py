@@ -19,6 +19,8 @@ def _mixer(case: Any) -> nn.Module:
     constructor = case.sidecar["constructor"]
     height, width = _map_size(case)
     options: dict[str, Any] = {}
+    if "agent_num" in constructor:
+        options["agents"] = constructor["agent_num"]
     if case.sidecar["case"].endswith("_deit"):
         options["prefix_tokens"] = 1
     return MIXERS[case.system_name](constructor["dim"], constructor["num_heads"], (height, width), **options)
@@ -34,9 +36,10 @@ def _map_size(case: Any) -> tuple[int, int]:
 
 
 def _has_counterpart(case: Any) -> bool:
-    """Not the layers without projections of CSWin, nor keys and values of a reduced map, nor other feature maps."""
+    """Not CSWin's layers without projections, nor keys of a reduced map, other feature maps or numbers of agents."""
     name, constructor = case.sidecar["case"], case.sidecar["constructor"]
     special = constructor.get("sr_ratio", 1) > 1 or constructor.get("kernel_func", "identity") != "identity"
+    special = special or "downstream_agent_shape" in constructor
     return case.system_name in MIXERS and not name.endswith("_cswin") and not special
 
 

@@ -15,8 +15,17 @@ from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin
 
-_LETTERS = {"flatten": "L", "inline": "I", "polaformer": "L"}
-_NAMES_OF_SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "b_384": "base_384"}
+_LETTERS = {"agent": "A", "flatten": "L", "inline": "I", "polaformer": "L"}
+_NAMES_OF_SIZES = {
+    "t": "tiny",
+    "s": "small",
+    "m": "medium",
+    "b": "base",
+    "b_384": "base_384",
+    "s_288": "small_288",
+    "m_256": "medium_256",
+    "s_448": "small_448",
+}
 _SIZES = {"swin": _NAMES_OF_SIZES, "deit": _NAMES_OF_SIZES, "pvt": {**_NAMES_OF_SIZES, "b": "large"}, "pvt_v2": {}}
 
 
@@ -27,6 +36,13 @@ def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
     return [
         depth if kind == letter else mixed if kind == "M" else 0 for kind, depth in zip(kinds, depths, strict=False)
     ]
+
+
+def _options(constructor: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The number of agents of each stage, where there are agents."""
+    depths = constructor["depths"]
+    agents = constructor.get("agent_num")
+    return [{"agents": int(number)} for number in agents] if agents else [{} for _ in depths]
 
 
 def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
@@ -40,9 +56,12 @@ def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         img_size=tuple(constructor["img_size"])
         if isinstance(constructor["img_size"], list)
         else constructor["img_size"],
-        window_size=(7 if linear_window <= 56 else 12) if mixer != "inline" else max(7, linear_window // 8),
+        window_size=(7 if linear_window <= 56 else 12)
+        if mixer in ("flatten", "polaformer")
+        else max(7, linear_window // 8),
         patch_size=constructor.get("patch_size", 4),
         mlp_ratio=constructor["mlp_ratio"],
+        mixer_options=_options(constructor),
         num_classes=constructor.get("num_classes", 1000),
         drop_path_rate=constructor["drop_path_rate"],
     )
@@ -58,6 +77,7 @@ def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         mlp_ratios=constructor["mlp_ratios"],
         mixer_stages=[kind == letter for kind in constructor["attn_type"]],
         sr_ratios=constructor["sr_ratios"],
+        mixer_options=_options(constructor),
         img_size=constructor["img_size"],
         num_classes=constructor["num_classes"],
     )
@@ -81,16 +101,25 @@ def _taps(model: nn.Module) -> dict[str, nn.Module]:
     return {f"out/stage{i}": stage.blocks[-1].out_norm for i, stage in enumerate(model.stages)}
 
 
+def _agents_of_blocks(constructor: Mapping[str, Any]) -> list[int | None] | None:
+    """Pairs of blocks share an entry of ``agent_num``; blocks behind ``agent_layer`` have softmax attention."""
+    if "agent_num" not in constructor:
+        return None
+    entries = [int(constructor["agent_num"][i]) for i in (0, 1, 2, 2, 2, 3)]
+    return [entries[j // 2] if j < constructor.get("agent_layer", 12) else None for j in range(constructor["depth"])]
+
+
 def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     return MixerDeiT(
         mixer,
         constructor["embed_dim"],
         constructor["num_heads"],
         depth=constructor["depth"],
-        mlp_ratio=constructor["mlp_ratio"],
-        patch_size=constructor["patch_size"],
-        img_size=constructor["img_size"],
-        num_classes=constructor["num_classes"],
+        agents=_agents_of_blocks(constructor),
+        mlp_ratio=constructor.get("mlp_ratio", 4.0),
+        patch_size=constructor.get("patch_size", 16),
+        img_size=constructor.get("img_size", 224),
+        num_classes=constructor.get("num_classes", 1000),
     )
 
 
@@ -123,6 +152,11 @@ def _upstream(name: str, shape: tuple[int, ...], names: list[tuple[str, str]]) -
         shape = (1, shape[1] * shape[2], shape[3])
     elif leaf == "scale":
         shape = (1, 1, *shape)
+    elif leaf in ("ah_bias", "aw_bias", "ac_bias"):
+        shape = (1, *shape)
+    elif leaf in ("ha_bias", "wa_bias", "ca_bias"):
+        heads, agents, *size = shape
+        shape = (1, heads, *size, agents)
     elif leaf == "power":
         shape = (1, shape[0], 1, shape[1])
     return name, shape
@@ -181,13 +215,18 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
         __name__=mixer,
         MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
         # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading.
-        SURPLUS={name: 2 * 512 for name in manifests if re.search(r"_pvt_[tsmb]", name) and mixer != "inline"}
-        | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384},
+        SURPLUS={
+            name: 2 * 512
+            for name in manifests
+            if re.search(r"_pvt_[tsmb]", name) and mixer in ("flatten", "polaformer")
+        }
+        | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384}
+        | {"agent_deit_t": 192, "agent_deit_s": 384, "agent_deit_s_448": 384, "agent_deit_b": 768},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
         OUTPUT_NORM=r"(?!)",  # no case of a detection backbone; norm1 to norm4 are PVT v2's own
         FLOAT32=True,
-        CASES=r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|^deit$",
+        CASES=r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)",
         build_case=partial(_build_case, mixer),
         upstream_shapes=partial(_upstream_shapes, mixer),
         probes=_probes,
@@ -196,6 +235,7 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
 
 
 SYSTEMS = {
+    "agent": _system("agent", "agent", {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b"}),
     "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}),
     "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}),
     "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
