@@ -82,11 +82,11 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
     compared = set()
     for i, stage in enumerate([] if isinstance(model, Isotropic) else stages):
         seen[f"out/stage{i}_norm" if f"out/stage{i}_norm" in recorded else f"out/stage{i}"] = stage
-        if triple := _triple(case, recorded, i):
-            for key, part in triple.items():
-                mine = torch.stack([stage.mean(), stage.std()]) if key.endswith("std") else stage.flatten()[:64]
-                check(case, key, mine, part)
-            compared.add(f"out/stage{i}_triple")
+    for whole in [key.removesuffix("_triple") for key in recorded if key.endswith("_triple")]:
+        mean_std, first = recorded[f"{whole}_triple"].split([2, 64])  # of a full-size map
+        check(case, f"{whole}/mean_std", torch.stack([seen[whole].mean(), seen[whole].std()]), mean_std)
+        check(case, f"{whole}/first64", seen[whole].flatten()[:64], first)
+        compared.add(f"{whole}_triple")
     for i, norm in _by_stage(case.system.OUTPUT_NORM, norms).items():
         tokens = stages[i].permute(0, 2, 3, 1)
         normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
@@ -96,13 +96,6 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
         compared.add(key)
     left = {key for key in recorded if key.startswith("out/")} - compared
     assert not left, f"recorded outputs that nothing was compared with: {sorted(left)}"
-
-
-def _triple(case: Any, recorded: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    """The recorded summary of a full-size map, mean and standard deviation apart from the first values."""
-    if (triple := recorded.get(f"out/stage{i}_triple")) is None:
-        return {}
-    return {f"out/stage{i}/mean_std": triple[:2], f"out/stage{i}/first64": triple[2:]}
 
 
 def _by_stage(pattern: str, norms: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

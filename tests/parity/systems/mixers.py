@@ -148,7 +148,9 @@ def _upstream(name: str, shape: tuple[int, ...], names: list[tuple[str, str]]) -
     for pattern, replacement in [*names, *_MIXER_NAMES]:
         name = re.sub(pattern, replacement, name)
     leaf = name.rpartition(".attn.")[2]
-    if leaf == "positional_encoding" or name.startswith("pos_embed"):
+    if name == "pos_embed":
+        shape = (1, 1 + shape[1] * shape[2], shape[3])
+    elif leaf == "positional_encoding" or name.startswith("pos_embed"):
         shape = (1, shape[1] * shape[2], shape[3])
     elif leaf == "scale":
         shape = (1, 1, *shape)
@@ -176,6 +178,7 @@ _SWIN_NAMES = [
     (r"\.attn\.attn\.", ".attn."),
 ]
 _MIXER_NAMES = [
+    (r"^prefix_tokens$", "cls_token"),
     (r"^head\.fc\.", "head."),
     (r"\.attn\.position$", ".attn.positional_encoding"),
     (r"\.attn\.conv\.", ".attn.dwc."),
