@@ -78,6 +78,7 @@ class Pyramid(nn.Module):
         stem: maps images (B, C, H, W) to (B, H, W, stages[0].dim).
         stages: see ``StageSpec``.
         norm: called as ``norm(dim, device=, dtype=)`` for the last map.
+        head: called as timm's ``ClassifierHead``; if it has a ``hidden_size``, that is the width of pooled features.
         in_chans: channels of the image.
         num_classes: 0 for no classifier: then the model returns pooled features.
         global_pool: one of ``POOLS``; ``""`` leaves the map unpooled.
@@ -98,6 +99,7 @@ class Pyramid(nn.Module):
         stages: Sequence[StageSpec],
         *,
         norm: Factory,
+        head: Factory = ClassifierHead,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -123,10 +125,8 @@ class Pyramid(nn.Module):
         in_dims = [stages[0].dim, *(spec.dim for spec in stages)]
         self.stages = nn.Sequential(*(Stage(in_dims[i], spec, rates[i], **dd) for i, spec in enumerate(stages)))
         self.norm = norm(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd
-        )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head: Any = head(self.num_features, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd)
+        self.head_hidden_size = self._pooled_width()
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -166,7 +166,10 @@ class Pyramid(nn.Module):
         self.num_classes, self.global_pool = num_classes, pool
         self.head.in_features = self.num_features  # narrower after pruning
         self.head.reset(num_classes, pool_type=pool, **get_device_dtype(self))
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._pooled_width()
+
+    def _pooled_width(self) -> int:
+        return getattr(self.head, "hidden_size", self.num_features) * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -473,15 +476,16 @@ def init_layer(module: nn.Module, name: str, needs_reset: bool) -> None:
 
 
 @register_notrace_function
-def resample_position(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Position embedding (1, H0, W0, C) for a map of another size, (1, height, width, C): bicubic, in float32."""
+def resample_position(pos_embed: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Position embedding (1, H0, W0, C) for a map of another size, (1, height, width, C), in float32 (or float64)."""
     # An exported program would keep a branch on sizes as it was for the example; resampling to the same size is exact.
     exporting = False
     if not torch.jit.is_scripting():
         exporting = torch.compiler.is_exporting()
     if not exporting and pos_embed.shape[1] == height and pos_embed.shape[2] == width:
         return pos_embed
-    resampled = F.interpolate(pos_embed.permute(0, 3, 1, 2).float(), size=[height, width], mode="bicubic")
+    wide = pos_embed if pos_embed.dtype == torch.float64 else pos_embed.float()
+    resampled = F.interpolate(wide.permute(0, 3, 1, 2), size=[height, width], mode=mode)
     return resampled.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 

@@ -180,6 +180,8 @@ class ViG(Isotropic):
         TypeError: for an unknown argument.
     """
 
+    checkpoint_key = "model"  # what the official loader reads, though the training script also keeps averaged weights
+
     def __init__(
         self,
         dim: int = 384,
@@ -268,6 +270,8 @@ class HierarchicalViG(Pyramid):
         TypeError: for an unknown argument.
     """
 
+    checkpoint_key = "model"  # what the official loader reads, though the training script also keeps averaged weights
+
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 5, 2),
@@ -291,9 +295,6 @@ class HierarchicalViG(Pyramid):
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
-
-CHECKPOINT_KEY = "model"
-"""What the official loader reads, though the training script also keeps averaged weights."""
 
 # Official names to ours, in order.
 _MIXER_NAMES: list[tuple[str, str | None]] = [

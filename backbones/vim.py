@@ -190,6 +190,8 @@ class Vim(Isotropic):
         TypeError: for an unknown argument.
     """
 
+    checkpoint_key = "model"  # what the official evaluation reads, though training keeps averaged weights too
+
     class_index: int | None
 
     def __init__(
@@ -311,9 +313,6 @@ def _check_class_token(place: str | int | None, patches: int) -> None:
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
-
-CHECKPOINT_KEY = "model"
-"""What the official evaluation reads, though the training script also keeps averaged weights."""
 
 # Official names to ours, in order; ".0" and ".1" are the directions, joined below.
 _NAMES: list[tuple[str, str | None]] = [

@@ -218,6 +218,14 @@ def wrapper_of(checkpoint: Mapping[str, Any], key: str | None = None) -> str | N
     return next((name for name in found if _has_tensors(checkpoint[name])), found[0] if found else None)
 
 
+def wrapper_for(model: nn.Module, checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
+    """As ``wrapper_of``, but the entry that the model's class names as ``checkpoint_key`` comes before ``WRAPPERS``."""
+    own = getattr(model, "checkpoint_key", None)
+    if key is None and own is not None and _has_tensors(checkpoint.get(own)):
+        return own
+    return wrapper_of(checkpoint, key)
+
+
 def _has_tensors(entry: Any) -> bool:
     return isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
 
@@ -345,14 +353,6 @@ def filter_of(model: nn.Module) -> FilterFn:
         if filter_fn is not None:
             return filter_fn
     raise TypeError(f"expected a model of a family with a checkpoint_filter_fn, got {type(model).__name__}")
-
-
-def wrapper_for(model: nn.Module, checkpoint: Mapping[str, Any], key: str | None = None) -> str | None:
-    """As ``wrapper_of``, but first after ``key`` is the ``CHECKPOINT_KEY`` of the model's family, if it states one."""
-    preferred = getattr(sys.modules[filter_of(model).__module__], "CHECKPOINT_KEY", None)
-    if key is None and preferred is not None and _has_tensors(checkpoint.get(preferred)):
-        return preferred
-    return wrapper_of(checkpoint, key)
 
 
 def read_for(model: nn.Module, path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:

@@ -7,6 +7,14 @@ one.
 
 from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.gated_linear_attention import gated_linear_attention
+from subquad.ops.linear_attention import linear_attention
 from subquad.ops.selective_scan import selective_scan
 
-__all__ = ["Explanation", "explain", "gated_linear_attention", "selective_scan", "use_backend"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "gated_linear_attention",
+    "linear_attention",
+    "selective_scan",
+    "use_backend",
+]

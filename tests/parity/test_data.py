@@ -23,8 +23,9 @@ def test_committed_cases_are_the_recorded_ones(parity_folder: Path) -> None:
     for path in committed:
         assert path.read_bytes() == (parity_folder / path.relative_to(DATA)).read_bytes(), path.name
     for path in DATA.rglob("*.tsv.gz"):
-        recorded = parity_folder / path.relative_to(DATA).with_suffix("")
-        assert gzip.decompress(path.read_bytes()) == recorded.read_bytes(), path.name
+        recorded = parity_folder / path.relative_to(DATA)
+        text = gzip.decompress(recorded.read_bytes()) if recorded.exists() else recorded.with_suffix("").read_bytes()
+        assert gzip.decompress(path.read_bytes()) == text, path.name
 
 
 @pytest.mark.cases(where=lambda case: "overrides []" in case.sidecar.get("state_rule", ""))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.backbones import weights
+from subquad.backbones.base import Isotropic
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +35,23 @@ def _split_norms(case: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return {name: value for name, value in state.items() if name not in norms}, norms
 
 
-def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _convert(model: nn.Module, state: dict[str, Tensor], absent: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Upstream's weights under our names; recorded states lack batch norms' counters and what ``absent`` starts."""
     converted = weights.filter_of(model)(state, model)
-    assert not (difference := weights.compare(converted, model.state_dict())), str(difference)
+    own = model.state_dict()
+    left = {name for name in own if name.startswith(absent) or name.endswith(".num_batches_tracked")}
+    converted = {name: own[name] for name in left} | converted
+    assert not (difference := weights.compare(converted, own)), str(difference)
     return converted
 
 
 def _prepare(case: Any, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     """The model in eval mode with the case's weights, the recorded tensors, and the detection norms."""
     state, norms = _split_norms(case, case.state())
-    model = case.system.build(case.sidecar["constructor"]).to(dtype).eval()
-    model.load_state_dict(_convert(model, {name: value.to(dtype) for name, value in state.items()}))
+    model = case.build().to(dtype).eval()
+    backbone_only = not any(re.match(case.system.CLASSIFIER, name) for name in state)
+    absent = ("norm.", "head.") if backbone_only else ()
+    model.load_state_dict(_convert(model, {name: value.to(dtype) for name, value in state.items()}, absent))
     return model, case.tensors(), {name: value.to(dtype) for name, value in norms.items()}
 
 
@@ -62,22 +69,27 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
     model, recorded, norms = _prepare(case, dtype)
     seen: dict[str, Tensor] = {}
     for name, module in case.system.probes(model).items():
-        module.register_forward_hook(lambda _module, _args, output, name=name: seen.update({f"probe/{name}": output}))
+        key = name if name.startswith("out/") else f"probe/{name}"
+        module.register_forward_hook(lambda _module, _args, output, key=key: seen.update({key: output}))
+    for name, module in getattr(case.system, "taps", lambda model: {})(model).items():
+        # permuted here, because a map of as many channels as pixels a side does not show its layout
+        module.register_forward_hook(
+            lambda _module, args, _output, name=name: seen.update({name: args[0].permute(0, 3, 1, 2)})
+        )
     image = recorded["input"].to(dtype)
     seen["out/logits"] = model(image)
-    maps = _stage_maps(model, image, _by_stage(case.system, norms))
-    outputs = case.system.outputs(model, image, maps) if hasattr(case.system, "outputs") else maps
-    seen |= {f"out/{name}": value for name, value in outputs.items()}
+    maps = _stage_maps(model, image, recorded, _by_stage(case.system, norms))
+    if hasattr(case.system, "outputs"):
+        maps = case.system.outputs(model, image, maps)
+    elif isinstance(model, Isotropic):
+        maps = {}
+    seen |= {f"out/{name}": value for name, value in maps.items()}
     compared = set()
-    for name in [key for key in recorded if key.endswith("_triple")]:
-        output, triple = seen[name.removesuffix("_triple")], recorded[name]
-        # The recorded summary of a full-size map: mean and standard deviation apart from the first values.
-        for part, mine, reference in (
-            ("mean_std", torch.stack([output.mean(), output.std()]), triple[:2]),
-            ("first64", output.flatten()[:64], triple[2:]),
-        ):
-            check(case, f"{name.removesuffix('_triple')}/{part}", mine, reference)
-        compared.add(name)
+    for whole in [key.removesuffix("_triple") for key in recorded if key.endswith("_triple")]:
+        mean_std, first = recorded[f"{whole}_triple"].split([2, 64])  # of a full-size map
+        check(case, f"{whole}/mean_std", torch.stack([seen[whole].mean(), seen[whole].std()]), mean_std)
+        check(case, f"{whole}/first64", seen[whole].flatten()[:64], first)
+        compared.add(f"{whole}_triple")
     for key in seen.keys() & recorded.keys():
         check(case, key, _as_recorded(seen[key], recorded[key]), recorded[key])
         compared.add(key)
@@ -85,13 +97,14 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
     assert not left, f"recorded outputs that nothing was compared with: {sorted(left)}"
 
 
-def _stage_maps(model: Any, image: Tensor, norms: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _stage_maps(model: Any, image: Tensor, recorded: Any, norms: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     """What most systems record: the map of each stage, and the same behind a detection backbone's norm."""
-    maps = {f"stage{i}": stage for i, stage in enumerate(model.forward_intermediates(image, intermediates_only=True))}
+    stages = model.forward_intermediates(image, intermediates_only=True)
+    maps = {f"stage{i}_norm" if f"out/stage{i}_norm" in recorded else f"stage{i}": x for i, x in enumerate(stages)}
     for i, norm in norms.items():
-        tokens = maps[f"stage{i}"].permute(0, 2, 3, 1)
+        tokens = stages[i].permute(0, 2, 3, 1)
         normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
-        maps[f"det{i}"] = normed.permute(0, 3, 1, 2)
+        maps[f"det{i}"] = maps[f"normed{i}"] = normed.permute(0, 3, 1, 2)
     return maps
 
 
@@ -119,8 +132,8 @@ def test_outputs_in_float64(case: Any, assert_recorded: Callable[..., None]) -> 
 def test_gradients(case: Any, dtype: torch.dtype, assert_recorded: Callable[..., None]) -> None:
     """The gradient of the image and of every one of upstream's parameters."""
     state, _ = _split_norms(case, case.state())
-    leaves = {name: value.to(dtype).requires_grad_() for name, value in state.items()}
-    model = case.system.build(case.sidecar["constructor"]).to(dtype).eval()
+    leaves = {name: value.to(dtype).requires_grad_(not _is_statistic(name)) for name, value in state.items()}
+    model = case.build().to(dtype).eval()
     recorded = case.tensors()
     image = recorded["input"].to(dtype).requires_grad_()
     logits = torch.func.functional_call(model, _convert(model, leaves), (image,))
@@ -131,6 +144,10 @@ def test_gradients(case: Any, dtype: torch.dtype, assert_recorded: Callable[...,
     assert {name for name, grad in mine.items() if grad is not None} == expected
     for key in sorted(expected):
         assert_recorded(case, key, mine[key], recorded[key])
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith((".running_mean", ".running_var"))
 
 
 def _on_meta(manifest: Any) -> dict[str, Tensor]:
@@ -150,7 +167,8 @@ def test_manifest(manifest: Any) -> None:
     """Names, shapes and the number of parameters of a released variant."""
     model = _model_of(manifest)
     _convert(model, _on_meta(manifest))
-    assert sum(parameter.numel() for parameter in model.parameters()) == manifest.total
+    surplus = getattr(manifest.system, "SURPLUS", {}).get(manifest.name, 0)
+    assert sum(parameter.numel() for parameter in model.parameters()) + surplus == manifest.total
 
 
 @pytest.mark.cases(where=lambda manifest: manifest.related("backbone_extra"))

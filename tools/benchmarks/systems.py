@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from subquad.backbones import layers
 
-# Published ImageNet-1K top-1 at 224: the authors' repositories of our families, Swin (2103.14030), ConvNeXt
-# (2201.03545), DeiT (2012.12877).
+# Published ImageNet-1K top-1 at the model's default size: the authors' repositories of our families, Swin (2103.14030),
+# ConvNeXt (2201.03545), DeiT (2012.12877).
 TOP1 = {
     "vmamba_tiny": 82.6,
     "vmamba_tiny_s2l5": 82.5,
@@ -44,6 +44,39 @@ TOP1 = {
     "vig_h_tiny": 82.8,
     "vig_h_small": 83.8,
     "vig_h_base": 84.2,
+    "mlla_tiny": 83.5,
+    "mlla_small": 84.4,
+    "mlla_base": 85.3,
+    "flatten_swin_tiny": 82.1,
+    "flatten_swin_small": 83.5,
+    "flatten_swin_base": 83.8,
+    "flatten_swin_base_384": 85.0,
+    "inline_swin_tiny": 82.4,
+    "inline_swin_small": 83.6,
+    "inline_swin_base": 84.1,
+    "flatten_pvt_tiny": 77.8,
+    "inline_pvt_tiny": 78.2,
+    "inline_pvt_small": 82.0,
+    "inline_pvt_medium": 83.2,
+    "inline_pvt_large": 83.6,
+    "inline_deit_tiny": 74.5,
+    "inline_deit_small": 80.2,
+    "inline_deit_base": 82.3,
+    "flatten_pvt_v2_b0": 71.1,
+    "agent_swin_tiny": 82.6,
+    "agent_swin_small": 83.7,
+    "agent_swin_small_288": 84.1,
+    "agent_swin_base": 84.0,
+    "agent_swin_base_384": 84.9,
+    "agent_pvt_tiny": 78.4,
+    "agent_pvt_small": 82.2,
+    "agent_pvt_medium": 83.4,
+    "agent_pvt_medium_256": 83.8,
+    "agent_pvt_large": 83.7,
+    "agent_deit_tiny": 74.9,
+    "agent_deit_small": 80.5,
+    "agent_deit_small_448": 83.1,
+    "agent_deit_base": 82.0,
     "swin_tiny_patch4_window7_224": 81.3,
     "convnext_tiny": 82.1,
     "deit_small_patch16_224": 79.8,
@@ -116,6 +149,7 @@ def _hand_through_attention(
 
 
 _HAND_THROUGH: dict[str, Callable[..., Any]] = {
+    "attend": _hand_through_attention,
     "gated_linear_attention": _hand_through_attention,
     "selective_scan": _hand_through_scan,
 }

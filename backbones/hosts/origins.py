@@ -1,0 +1,63 @@
+"""Where the mixers come from: what the default cfgs of all hosts say of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NO_LICENSE = "The official code has no licence file, and none is stated for the weights."
+
+_ORIGINS: dict[str, dict[str, Any]] = {
+    "agent": {
+        "license": "unknown",
+        "notes": (_NO_LICENSE,),
+        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
+        "paper_ids": "arXiv:2312.08874",
+    },
+    "flatten": {
+        "license": "unknown",
+        "notes": (_NO_LICENSE,),
+        "origin_url": "https://github.com/LeapLabTHU/FLatten-Transformer",
+        "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
+        "paper_ids": "arXiv:2308.00442",
+    },
+    "inline": {
+        "license": "unknown",
+        "notes": (_NO_LICENSE,),
+        "origin_url": "https://github.com/LeapLabTHU/InLine",
+        "paper_name": "Bridging the Divide: Reconsidering Softmax and Linear Attention",
+        "paper_ids": "arXiv:2412.06590",
+    },
+    "polaformer": {
+        "license": "mit",
+        "notes": ("Weights: https://huggingface.co/ZachMeng/PolaFormer, to be loaded with `subquad convert`.",),
+        "origin_url": "https://github.com/ZacharyMeng/PolaFormer",
+        "paper_name": "PolaFormer: Polarity-aware Linear Attention for Vision Transformers",
+        "paper_ids": "arXiv:2501.15061",
+    },
+}
+
+
+def host_cfg(mixer: str, *, first_conv: str, share: str = "", file: str = "", **kwargs: Any) -> dict[str, Any]:
+    """Default cfg of a host with a mixer, whose images are squashed to a square before the crop.
+
+    Args:
+        mixer: one of ``MIXERS``.
+        first_conv: name of the first convolution.
+        share: of the authors' files at cloud.tsinghua.edu.cn, whose address has no file name; ``file`` names the copy.
+        kwargs: what differs.
+    """
+    source: dict[str, Any] = {}
+    if share:
+        source = {"url": (f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1", file), "custom_load": True}
+    common = {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "first_conv": first_conv,
+        "classifier": "head.fc",
+    }
+    return common | _ORIGINS[mixer] | source | kwargs

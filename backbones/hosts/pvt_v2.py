@@ -1,0 +1,172 @@
+"""PVT v2 (arXiv 2106.13797) with a mixer of linear cost in every block; its patch embedding is timm's.
+
+A norm ends each stage: what the next stage, a detector or ``features_only`` gets is normalised.
+"""
+
+# Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from timm.models import generate_default_cfgs
+from timm.models.pvt_v2 import OverlapPatchEmbed
+from torch import Tensor, nn
+
+from subquad.backbones import mixers, weights
+from subquad.backbones.base import Pyramid, StageSpec
+from subquad.backbones.hosts.origins import host_cfg
+from subquad.backbones.layers import DepthwiseConv, check_heads, in_turn
+from subquad.backbones.mixers import MixerBlock, find_mixer
+from subquad.backbones.registry import register_variants
+
+__all__ = ["MixerPVT2"]
+
+
+class DepthwiseMlp(nn.Module):
+    """MLP on maps (B, H, W, dim) with a depthwise convolution in front of its activation."""
+
+    def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = DepthwiseConv(hidden, 3, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.conv(self.fc1(x))))
+
+
+class OverlapDownsample(nn.Module):
+    """timm's overlapping patches, of stride 2, on maps (B, H, W, in_dim)."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.embed = OverlapPatchEmbed(3, 2, in_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(x.permute(0, 3, 1, 2))
+
+
+class MixerPVT2(Pyramid):
+    """PVT v2 with a mixer.
+
+    Args:
+        mixer: one of ``MIXERS``.
+        depths, dims, num_heads, mlp_ratios: blocks, channels, heads and relative width of the MLP of each stage.
+        img_size: size (or height and width) that position tables are made for; others run too.
+        in_chans, device, dtype, pyramid: arguments of ``Pyramid``.
+
+    Raises:
+        ValueError: for a size or option that cannot be built, naming it.
+        TypeError: for an unknown argument.
+    """
+
+    checkpoint_key = "model"
+    """What the official evaluation loads."""
+
+    def __init__(
+        self,
+        mixer: str,
+        depths: Sequence[int],
+        dims: Sequence[int] = (64, 128, 320, 512),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        *,
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        device: Any = None,
+        dtype: Any = None,
+        **pyramid: Any,
+    ) -> None:
+        check_heads(depths, dims, num_heads)
+        if len(mlp_ratios) != len(depths):
+            raise ValueError(f"mlp_ratios must have one entry for each of {len(depths)} stages, got {mlp_ratios}")
+        make_mixer = find_mixer(mixer)
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
+            height, width = (max(1, side // 2 ** (i + 2)) for side in to_2tuple(img_size))
+            block = partial(
+                MixerBlock,
+                mixer=partial(make_mixer, num_heads=heads, resolution=(height, width)),
+                mlp=DepthwiseMlp,
+                mlp_ratio=mlp_ratios[i],
+                eps=1e-6,
+            )
+            blocks = [*[block] * (depth - 1), partial(block, out_norm=True)]
+            downsample = OverlapDownsample if i else None
+            stages.append(StageSpec(dim, depth, 4 * 2**i, block=in_turn(blocks), downsample=downsample))
+        super().__init__(
+            OverlapPatchEmbed(7, 4, in_chans, dims[0], device=device, dtype=dtype),
+            stages,
+            norm=lambda dim, **dd: nn.Identity(),
+            in_chans=in_chans,
+            device=device,
+            dtype=dtype,
+            **pyramid,
+        )
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Convolutions normal, scaled to their outputs, with zero bias."""
+        super().init_weights(needs_reset)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                outputs = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / outputs))
+                nn.init.zeros_(module.bias)
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+_NAMES: list[tuple[str, str | None]] = [
+    *mixers.NAMES,
+    (r"^patch_embed1\.", "stem."),
+    *((rf"^patch_embed{i + 1}\.", f"stages.{i}.downsample.embed.") for i in range(1, 4)),
+    *((rf"^block{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint under our names, tables resampled for the model's ``img_size``; ours pass unchanged.
+
+    Raises:
+        ValueError: if there are no tensors in it (see ``weights.unwrap``).
+    """
+    depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
+    norms = [(rf"^norm{i + 1}\.", f"stages.{i}.blocks.{depth - 1}.out_norm.") for i, depth in enumerate(depths)]
+    state = weights.rename(weights.unwrap(state_dict), [*_NAMES, *norms])
+    return mixers.fit_mixers(state, model.state_dict())
+
+
+def _cfg(share: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg("flatten", first_conv="stem.proj", share=share, file="flatten_pvt_v2_b0.pth", **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "flatten_pvt_v2_b0.in1k": _cfg("5d1f01532b104da28e7b"),
+        "flatten_pvt_v2_b1.untrained": _cfg(),
+        "flatten_pvt_v2_b2.untrained": _cfg(),
+        "flatten_pvt_v2_b3.untrained": _cfg(),
+        "flatten_pvt_v2_b4.untrained": _cfg(),
+    }
+)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "flatten_pvt_v2_b0": {
+        "mixer": "flatten",
+        "depths": (2, 2, 2, 2),
+        "dims": (32, 64, 160, 256),
+        "drop_path_rate": 0.1,
+    },
+    "flatten_pvt_v2_b1": {"mixer": "flatten", "depths": (2, 2, 2, 2), "drop_path_rate": 0.1},
+    "flatten_pvt_v2_b2": {"mixer": "flatten", "depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
+    "flatten_pvt_v2_b3": {"mixer": "flatten", "depths": (3, 4, 18, 3), "drop_path_rate": 0.3},
+    "flatten_pvt_v2_b4": {"mixer": "flatten", "depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
+}
+
+register_variants(__name__, MixerPVT2, VARIANTS, checkpoint_filter_fn)

@@ -1,0 +1,262 @@
+"""Swin (arXiv 2103.14030) whose first blocks mix the whole map with a mixer of linear cost.
+
+The other blocks are timm's own: softmax attention in shifted windows.
+"""
+
+# Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table, to_2tuple
+from timm.models import generate_default_cfgs, register_notrace_function
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from subquad.backbones import mixers, weights
+from subquad.backbones.base import Pyramid, StageSpec
+from subquad.backbones.hosts.origins import host_cfg
+from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
+from subquad.backbones.mixers import MixerBlock, crop, find_mixer, from_windows, to_windows
+from subquad.backbones.registry import register_variants
+
+__all__ = ["MixerSwin"]
+
+
+class MixerSwin(Pyramid):
+    """Swin with a mixer.
+
+    Args:
+        mixer: one of ``MIXERS``.
+        mixer_options: further arguments of the mixer, for each stage.
+        mixer_blocks: for each stage how many of its first blocks have the mixer.
+        depths, num_heads: blocks and heads of each stage.
+        embed_dim: channels of the first stage; they double from stage to stage.
+        img_size: size (or height and width) that position tables and windows are made for; others run too.
+        window_size: side of the windows of softmax attention.
+        patch_size: of the stem.
+        mlp_ratio: hidden size of the MLP over the channels.
+        in_chans, device, dtype, pyramid: arguments of ``Pyramid``.
+
+    Raises:
+        ValueError: for a size or option that cannot be built, naming it.
+        TypeError: for an unknown argument.
+    """
+
+    checkpoint_key = "model"
+    """What the official evaluation loads."""
+
+    def __init__(
+        self,
+        mixer: str,
+        mixer_blocks: Sequence[int],
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        embed_dim: int = 96,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        window_size: int = 7,
+        patch_size: int = 4,
+        mlp_ratio: float = 4.0,
+        mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
+        in_chans: int = 3,
+        device: Any = None,
+        dtype: Any = None,
+        **pyramid: Any,
+    ) -> None:
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        check_heads(depths, dims, num_heads)
+        if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
+            raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
+        if len(mixer_options) < len(depths):
+            raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
+        make_mixer = find_mixer(mixer)
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
+            height, width = (max(1, side // (patch_size * 2**i)) for side in to_2tuple(img_size))
+            side = min(height, width)
+            # Upstream sees a map that is not square in square windows of its shorter side.
+            linear = partial(
+                MixerBlock,
+                mixer=partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=(side, side)),
+                mlp_ratio=mlp_ratio,
+                eps=1e-5,
+                window=0 if height == width else side,
+            )
+            window = min(window_size, side)
+            # The parity of a block's index counts all blocks of the stage; windows as large as the map are not shifted.
+            shifts = [window // 2 if j % 2 and side > window_size else 0 for j in range(depth)]
+            softmax = partial(MixerBlock, mlp_ratio=mlp_ratio, eps=1e-5)
+            blocks: list[Callable[..., nn.Module]] = [
+                linear
+                if j < mixer_blocks[i]
+                else partial(softmax, mixer=partial(WindowMixer, num_heads=heads, window=window, shift=shift))
+                for j, shift in enumerate(shifts)
+            ]
+            stages.append(
+                StageSpec(dim, depth, patch_size * 2**i, block=in_turn(blocks), downsample=PatchMerging if i else None)
+            )
+        dd = {"device": device, "dtype": dtype}
+        stem = PatchEmbed(in_chans, embed_dim, patch_size, **dd)
+        super().__init__(stem, stages, norm=nn.LayerNorm, in_chans=in_chans, **dd, **pyramid)
+
+    def no_weight_decay(self) -> set[str]:
+        """The tables of relative positions."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+
+class WindowMixer(nn.Module):
+    """Swin's own mixer: timm's attention in windows of the map, which is padded, then shifted by ``shift`` pixels."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window: int, shift: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.attn = WindowAttention(dim, num_heads, window_size=(window, window), device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        height, width = feat_size[0], feat_size[1]
+        x = x.unflatten(1, (height, width))
+        if self.shift > 0:
+            x = shifted_windows(x, self.window, self.shift)
+            x = self.attn(x, shift_mask(x, self.window, self.shift, height, width))
+            x = unshifted_windows(x, self.window, self.shift, height, width)
+        else:
+            x = from_windows(self.attn(to_windows(x, self.window)), self.window, height, width)
+        return x.flatten(1, 2)
+
+
+@register_notrace_function
+def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
+    """Maps (B, H, W, C), padded to whole windows and rolled up and left, to windows (B * windows, window ** 2, C)."""
+    x = F.pad(x, (0, 0, 0, ceil_to(x.shape[2], window) - x.shape[2], 0, ceil_to(x.shape[1], window) - x.shape[1]))
+    return to_windows(x.roll((-shift, -shift), (1, 2)), window)
+
+
+@register_notrace_function
+def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
+    """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
+    x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
+    return crop(x.roll((shift, shift), (1, 2)), height, width)
+
+
+@register_notrace_function
+def shift_mask(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
+    """-100 between pixels that share a window by the roll only, else 0; (windows, n, n) with n = window ** 2."""
+    height, width = ceil_to(height, window), ceil_to(width, window)
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None]
+    below = (rows >= height - window).int() + (rows >= height - shift).int()
+    beside = (columns >= width - window).int() + (columns >= width - shift).int()
+    region = to_windows((3 * below + beside)[None, :, :, None], window)  # (windows, window ** 2, 1)
+    return -100.0 * (region != region.transpose(1, 2)).to(x.dtype)
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+_NAMES: list[tuple[str, str | None]] = [
+    *mixers.NAMES,
+    (r"^patch_embed\.", "stem."),
+    # upstream downsamples at the end of a stage
+    *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(8)),
+    (r"^layers\.", "stages."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint under our names, tables resampled for the model's ``img_size``; ours pass unchanged.
+
+    Raises:
+        ValueError: if there are no tensors in it (see ``weights.unwrap``).
+    """
+    expected = model.state_dict()
+    state = weights.rename(weights.unwrap(state_dict), _NAMES)
+    state = {_of_window(name, expected): value for name, value in state.items()}
+    state = mixers.fit_mixers(state, expected)
+    for name, value in state.items():
+        if name.endswith("relative_position_bias_table") and name in expected and value.shape != expected[name].shape:
+            side = (int(expected[name].shape[0] ** 0.5) + 1) // 2
+            state[name] = resize_rel_pos_bias_table(value, (side, side), expected[name].shape)
+    return state
+
+
+def _of_window(name: str, expected: Mapping[str, Tensor]) -> str:
+    """The name of a parameter of window attention, which lies a level deeper in our blocks."""
+    deeper = name.replace(".attn.", ".attn.attn.")
+    return deeper if name not in expected and deeper in expected else name
+
+
+def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_swin_{size}.pth", **kwargs)
+
+
+_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+_288: dict[str, Any] = {"input_size": (3, 288, 288), "pool_size": (9, 9), "crop_pct": 1.0}
+_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "agent_swin_tiny.in1k": _cfg("agent", "a2ddc1190c224f768a41", "tiny"),
+        "agent_swin_small.in1k": _cfg("agent", "f607172c9fea4d6e99bb", "small"),
+        "agent_swin_small_288.in1k": _cfg("agent", "09760394e93b4046a25e", "small_288", **_288),
+        "agent_swin_base.in1k": _cfg("agent", "4fcd2d0114bb490483c3", "base"),
+        "agent_swin_base_384.in1k": _cfg("agent", "bb84ee9058954706a557", "base_384", **_384),
+        "flatten_swin_tiny.in1k": _cfg("flatten", "e1518e76703e4e57a7f2", "tiny"),
+        "flatten_swin_small.in1k": _cfg("flatten", "94188e52af354bf4a88b", "small"),
+        "flatten_swin_base.in1k": _cfg("flatten", "7a9e5186bad04e7fb3a9", "base"),
+        "flatten_swin_base_384.in1k": _cfg("flatten", "0d0330cf2e5249f1abb6", "base_384", **_384),
+        "inline_swin_tiny.in1k": _cfg("inline", "32810869fcc34410966b", "tiny"),
+        "inline_swin_small.in1k": _cfg("inline", "e9657fd247c04c7cb1a1", "small"),
+        "inline_swin_base.in1k": _cfg("inline", "bf23564bb64c420aafe1", "base"),
+        "inline_swin_base_384.untrained": _cfg("inline", **_384),
+        "polaformer_swin_tiny.in1k": _cfg("polaformer"),
+        "polaformer_swin_small.in1k": _cfg("polaformer"),
+        "polaformer_swin_base.in1k": _cfg("polaformer"),
+        "polaformer_swin_base_384.untrained": _cfg("polaformer", **_384),
+        "test_flatten_swin.untrained": _cfg("flatten", **_TEST),
+    }
+)
+
+_TINY = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
+_SMALL = {"depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+_BASE = {"depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5}
+_BASE_384 = {**_BASE, "img_size": 384, "window_size": 12}
+_HALF = (2, 2, 0, 0)
+"""Stages 1 and 2."""
+
+_AGENT = {"mixer": "agent", "mixer_options": [{"agents": n} for n in (9, 16, 49, 49)]}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "agent_swin_tiny": {**_AGENT, "mixer_blocks": (2, 2, 6, 0), **_TINY},
+    "agent_swin_small": {**_AGENT, "mixer_blocks": _HALF, **_SMALL},
+    "agent_swin_small_288": {**_AGENT, "mixer_blocks": _HALF, **_SMALL, "img_size": 288, "window_size": 9},
+    "agent_swin_base": {**_AGENT, "mixer_blocks": (2, 2, 2, 0), **_BASE},
+    "agent_swin_base_384": {**_AGENT, "mixer_blocks": (2, 2, 2, 0), **_BASE_384},
+    **{
+        f"{mixer}_swin_{size}": {"mixer": mixer, "mixer_blocks": _HALF, **options}
+        for mixer in ("flatten", "polaformer")
+        for size, options in {"tiny": _TINY, "small": _SMALL, "base": _BASE, "base_384": _BASE_384}.items()
+    },
+    "inline_swin_tiny": {"mixer": "inline", "mixer_blocks": (2, 2, 6, 0), **_TINY},
+    "inline_swin_small": {"mixer": "inline", "mixer_blocks": _HALF, **_SMALL},
+    "inline_swin_base": {"mixer": "inline", "mixer_blocks": (2, 2, 2, 0), **_BASE},
+    "inline_swin_base_384": {"mixer": "inline", "mixer_blocks": (2, 2, 2, 0), **_BASE_384},
+    "test_flatten_swin": {
+        "mixer": "flatten",
+        "mixer_blocks": (1, 1, 1, 1),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2, 2, 4),
+        "embed_dim": 8,
+        "img_size": 96,
+        "window_size": 3,
+        "mlp_ratio": 2.0,
+    },
+}
+
+register_variants(__name__, MixerSwin, VARIANTS, checkpoint_filter_fn)

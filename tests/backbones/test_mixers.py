@@ -1,0 +1,91 @@
+"""Mixers and their hosts: what the recorded cases of tests/parity do not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from subquad.backbones.hosts.deit import MixerDeiT
+from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
+from subquad.backbones.mixers import MIXERS, dynamic_conv, focused_features
+
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+SMALL_SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
+
+
+@mixers
+def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
+    """Windows, shifted ones too, are padded; tables of positions are resampled."""
+    hosts: list[nn.Module] = [
+        MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN),
+        MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=96),
+    ]
+    for host in hosts:
+        host.eval()
+        with torch.no_grad():
+            for height, width in ((96, 96), (64, 160), (45, 101)):
+                maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
+                assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
+                assert all(x.isfinite().all() for x in maps)
+
+
+@pytest.mark.parametrize("mixer", ["flatten", "polaformer"])
+def test_weights_for_another_image_size(mixer: str) -> None:
+    """Fine-tuning at a larger size starts from resampled tables: of positions and of relative positions in windows."""
+    small = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN)
+    large = MixerSwin(mixer, (1, 1, 0, 0), window_size=6, **SMALL_SWIN | {"img_size": 192})
+    state = small.state_dict()
+    position, table = "stages.0.blocks.0.attn.position", "stages.2.blocks.1.attn.attn.relative_position_bias_table"
+    state[position] = torch.randn_like(state[position])
+    state[table] = torch.arange(2.0).expand_as(state[table])
+    filtered = checkpoint_filter_fn(state, large)
+    large.load_state_dict(filtered)
+    expected = nn.functional.interpolate(state[position].permute(0, 3, 1, 2), size=(48, 48), mode="bicubic")
+    torch.testing.assert_close(filtered[position], expected.permute(0, 2, 3, 1))
+    # a table that is constant over the window stays so
+    torch.testing.assert_close(filtered[table], torch.arange(2.0).expand(11 * 11, 2))
+
+
+def test_class_token_at_any_size_and_unfit_mixers() -> None:
+    host = MixerDeiT("inline", 16, 2, depth=2, patch_size=8, img_size=64).eval()
+    with torch.no_grad():
+        for height, width in ((64, 64), (96, 40), (45, 101)):
+            (taken,) = host.forward_intermediates(torch.randn(1, 3, height, width), indices=1, intermediates_only=True)
+            assert taken.shape == (1, 16, -(-height // 8), -(-width // 8))
+    with pytest.raises(ValueError, match=r"mixer must be one of \['agent', 'inline'\], got 'flatten'"):
+        MixerDeiT("flatten", 16, 2)
+
+
+def test_unknown_mixer_and_bad_stages() -> None:
+    with pytest.raises(ValueError, match=r"unknown mixer 'linformer', expected one of \['agent'"):
+        MixerSwin("linformer", (2, 2, 0, 0))
+    with pytest.raises(ValueError, match=r"mixer_blocks must be at most depths=.*got \(3, 0, 0, 0\)"):
+        MixerSwin("inline", (3, 0, 0, 0))
+    with pytest.raises(ValueError, match="3 heads for 8 channels"):
+        MixerSwin("inline", (1, 1, 1, 1), **SMALL_SWIN | {"num_heads": (3, 2, 2, 4)})
+    with pytest.raises(ValueError, match="mixer_stages must have one entry for each of 4 stages"):
+        MixerPVT("inline", (1, 1, 1, 1), mixer_stages=(True,))
+    with pytest.raises(ValueError, match="num_heads must divide the channels, got 3 heads for 8 channels"):
+        MIXERS["flatten"](8, 3, (2, 2))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_focusing_survives_small_and_large_features(scale: float) -> None:
+    """A token without a positive channel has features of 1e-6, whose third power underflows 16 bits."""
+    q, k = -torch.rand(1, 3, 8).abs() * scale, torch.randn(1, 3, 8) * scale
+    features = focused_features(q.half(), k.half(), torch.zeros(1, 3, 8), torch.zeros(8), 3)
+    exact = focused_features(q.half().double(), k.half().double(), torch.zeros(1, 3, 8), torch.zeros(8).double(), 3)
+    for mine, expected in zip(features, exact, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_dynamic_convolution_is_a_grouped_one() -> None:
+    x, kernels = torch.randn(3, 4 * 5, 6, dtype=torch.float64), torch.randn(3, 6, 9, dtype=torch.float64)
+    maps = x.unflatten(1, (4, 5)).permute(0, 3, 1, 2).reshape(1, 18, 4, 5)
+    expected = nn.functional.conv2d(maps, kernels.reshape(18, 1, 3, 3), padding=1, groups=18)
+    expected = expected.reshape(3, 6, 20).transpose(1, 2)
+    torch.testing.assert_close(dynamic_conv(x, kernels, 4, 5), expected)

@@ -1,0 +1,245 @@
+"""Mixers in their hosts: upstream's constructor arguments, which differ from host to host, and variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from subquad.backbones.hosts.deit import MixerDeiT
+from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
+from subquad.backbones.hosts.swin import MixerSwin
+
+_LETTERS = {"agent": "A", "flatten": "L", "inline": "I", "polaformer": "L"}
+_NAMES_OF_SIZES = {
+    "t": "tiny",
+    "s": "small",
+    "m": "medium",
+    "b": "base",
+    "b_384": "base_384",
+    "s_288": "small_288",
+    "m_256": "medium_256",
+    "s_448": "small_448",
+}
+_SIZES = {"swin": _NAMES_OF_SIZES, "deit": _NAMES_OF_SIZES, "pvt": {**_NAMES_OF_SIZES, "b": "large"}, "pvt_v2": {}}
+
+
+def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
+    """Blocks with the mixer in each stage; M is for the number of them that follows the letters."""
+    depths, kinds = constructor["depths"], constructor["attn_type"]
+    mixed = int(kinds[len(depths) :] or 0)
+    return [
+        depth if kind == letter else mixed if kind == "M" else 0 for kind, depth in zip(kinds, depths, strict=False)
+    ]
+
+
+def _options(constructor: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The number of agents of each stage, where there are agents."""
+    depths = constructor["depths"]
+    agents = constructor.get("agent_num")
+    return [{"agents": int(number)} for number in agents] if agents else [{} for _ in depths]
+
+
+def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    linear_window = constructor["window_size"]
+    return MixerSwin(
+        mixer,
+        _mixer_blocks(_LETTERS[mixer], constructor),
+        constructor["depths"],
+        constructor["num_heads"],
+        constructor["embed_dim"],
+        img_size=tuple(constructor["img_size"])
+        if isinstance(constructor["img_size"], list)
+        else constructor["img_size"],
+        window_size=(7 if linear_window <= 56 else 12)
+        if mixer in ("flatten", "polaformer")
+        else max(7, linear_window // 8),
+        patch_size=constructor.get("patch_size", 4),
+        mlp_ratio=constructor["mlp_ratio"],
+        mixer_options=_options(constructor),
+        num_classes=constructor.get("num_classes", 1000),
+        drop_path_rate=constructor["drop_path_rate"],
+    )
+
+
+def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    letter = _LETTERS[mixer]
+    return MixerPVT(
+        mixer,
+        constructor["depths"],
+        constructor["embed_dims"],
+        constructor["num_heads"],
+        mlp_ratios=constructor["mlp_ratios"],
+        mixer_stages=[kind == letter for kind in constructor["attn_type"]],
+        sr_ratios=constructor["sr_ratios"],
+        mixer_options=_options(constructor),
+        img_size=constructor["img_size"],
+        num_classes=constructor["num_classes"],
+    )
+
+
+def _pvt_v2(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    return MixerPVT2(
+        mixer,
+        constructor["depths"],
+        constructor["embed_dims"],
+        constructor["num_heads"],
+        mlp_ratios=constructor["mlp_ratios"],
+        img_size=constructor["img_size"],
+        num_classes=constructor["num_classes"],
+    )
+
+
+def _taps(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, MixerPVT2):
+        return {}
+    return {f"out/stage{i}": stage.blocks[-1].out_norm for i, stage in enumerate(model.stages)}
+
+
+def _agents_of_blocks(constructor: Mapping[str, Any]) -> list[int | None] | None:
+    """Pairs of blocks share an entry of ``agent_num``; blocks behind ``agent_layer`` have softmax attention."""
+    if "agent_num" not in constructor:
+        return None
+    entries = [int(constructor["agent_num"][i]) for i in (0, 1, 2, 2, 2, 3)]
+    return [entries[j // 2] if j < constructor.get("agent_layer", 12) else None for j in range(constructor["depth"])]
+
+
+def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    return MixerDeiT(
+        mixer,
+        constructor["embed_dim"],
+        constructor["num_heads"],
+        depth=constructor["depth"],
+        agents=_agents_of_blocks(constructor),
+        mlp_ratio=constructor.get("mlp_ratio", 4.0),
+        patch_size=constructor.get("patch_size", 16),
+        img_size=constructor.get("img_size", 224),
+        num_classes=constructor.get("num_classes", 1000),
+    )
+
+
+def _upstream_shapes(mixer: str, constructor: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of upstream's float entries, from those of our model."""
+    state = _build(mixer, constructor).state_dict()
+    pvt = "embed_dims" in constructor
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in state.items():
+        prefix, _, leaf = name.rpartition(".attn.qkv.")
+        if not value.is_floating_point():
+            continue
+        if not prefix:
+            shapes |= [_upstream(name, tuple(value.shape), _PVT_NAMES if pvt else _SWIN_NAMES)]
+            continue
+        gate = "g" if f"{prefix}.attn.power" in state else ""
+        width = value.shape[0] // (4 if gate else 3)
+        parts = {f"q{gate}": 2 if gate else 1, "kv": 2} if pvt else {f"qkv{gate}": 4 if gate else 3}
+        for part, count in parts.items():
+            shape = (count * width, *value.shape[1:])
+            shapes |= [_upstream(f"{prefix}.attn.{part}.{leaf}", shape, _PVT_NAMES if pvt else _SWIN_NAMES)]
+    return shapes
+
+
+def _upstream(name: str, shape: tuple[int, ...], names: list[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
+    for pattern, replacement in [*names, *_MIXER_NAMES]:
+        name = re.sub(pattern, replacement, name)
+    leaf = name.rpartition(".attn.")[2]
+    if name == "pos_embed":
+        shape = (1, 1 + shape[1] * shape[2], shape[3])
+    elif leaf == "positional_encoding" or name.startswith("pos_embed"):
+        shape = (1, shape[1] * shape[2], shape[3])
+    elif leaf == "scale":
+        shape = (1, 1, *shape)
+    elif leaf in ("ah_bias", "aw_bias", "ac_bias"):
+        shape = (1, *shape)
+    elif leaf in ("ha_bias", "wa_bias", "ca_bias"):
+        heads, agents, *size = shape
+        shape = (1, heads, *size, agents)
+    elif leaf == "power":
+        shape = (1, shape[0], 1, shape[1])
+    return name, shape
+
+
+_PVT_NAMES = [
+    (r"^stem\.position$", "pos_embed1"),
+    (r"^stem\.embed\.", "patch_embed1."),
+    *((rf"^stages\.{i}\.downsample\.position$", f"pos_embed{i + 1}") for i in range(1, 4)),
+    *((rf"^stages\.{i}\.downsample\.embed\.", f"patch_embed{i + 1}.") for i in range(1, 4)),
+    *((rf"^stages\.{i}\.blocks\.", f"block{i + 1}.") for i in range(4)),
+]
+_SWIN_NAMES = [
+    (r"^stem\.", "patch_embed."),
+    *((rf"^stages\.{i + 1}\.downsample\.", f"layers.{i}.downsample.") for i in range(3)),
+    (r"^stages\.", "layers."),
+    (r"\.attn\.attn\.", ".attn."),
+]
+_MIXER_NAMES = [
+    (r"^prefix_tokens$", "cls_token"),
+    (r"^head\.fc\.", "head."),
+    (r"\.attn\.position$", ".attn.positional_encoding"),
+    (r"\.attn\.conv\.", ".attn.dwc."),
+    (r"\.attn\.predict1\.", ".attn.residual.0."),
+    (r"\.attn\.predict2\.", ".attn.residual.2."),
+]
+
+
+def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    assert constructor.get("focusing_factor", 3) == 3 and constructor.get("kernel_size", 5) == 5
+    if isinstance(constructor.get("depth"), int):
+        return _deit(mixer, constructor)
+    return (_pvt if "embed_dims" in constructor else _swin)(mixer, constructor)
+
+
+def _build_case(mixer: str, case: Any) -> nn.Module:
+    """PVT and PVT v2 have the same arguments."""
+    if case.sidecar["case"].startswith("pvt_v2"):
+        return _pvt_v2(mixer, case.sidecar["constructor"])
+    return _build(mixer, case.sidecar["constructor"])
+
+
+def _probes(model: nn.Module) -> dict[str, nn.Module]:
+    """DeiT's tokens were recorded with the class token."""
+    if not isinstance(model, MixerDeiT):
+        return {}
+    return {f"out/block{i}": block for i, block in enumerate(model.blocks)} | {"out/norm": model.norm}
+
+
+def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
+    manifests = {
+        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{_SIZES[host].get(size, size)}"
+        for host, sizes in hosts.items()
+        for size in sizes.split()
+    }
+    return SimpleNamespace(
+        __name__=mixer,
+        MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
+        # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading.
+        SURPLUS={
+            name: 2 * 512
+            for name in manifests
+            if re.search(r"_pvt_[tsmb]", name) and mixer in ("flatten", "polaformer")
+        }
+        | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384}
+        | {"agent_deit_t": 192, "agent_deit_s": 384, "agent_deit_s_448": 384, "agent_deit_b": 768},
+        MANIFESTS=manifests,
+        CLASSIFIER=r"(norm|head)\.",
+        OUTPUT_NORM=r"(?!)",  # no case of a detection backbone; norm1 to norm4 are PVT v2's own
+        FLOAT32=True,
+        CASES=r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)",
+        build_case=partial(_build_case, mixer),
+        upstream_shapes=partial(_upstream_shapes, mixer),
+        probes=_probes,
+        taps=_taps,
+    )
+
+
+SYSTEMS = {
+    "agent": _system("agent", "agent", {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b"}),
+    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}),
+    "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}),
+    "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
+}
