@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
@@ -26,6 +27,22 @@ def check_model(name: str) -> None:
         close = get_close_matches(name, _names)
         hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(_names)}"
         raise ValueError(f"unknown model {name!r}, {hint}")
+
+
+def check_any_model(name: str, pretrained: bool = False) -> None:
+    """Raises ValueError, with names that are close, for a model that neither this library nor timm has.
+
+    With ``pretrained`` also for one without released weights. Names with a colon are folders and hubs that timm reads.
+    """
+    if ":" in name:
+        return
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    if pretrained and not timm.models.is_model_pretrained(name):
+        raise ValueError(
+            f"{name!r} has no released weights; start from scratch or from a checkpoint, or name another model"
+        )
 
 
 def register_variants(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
+from subquad.backbones.registry import check_any_model
 
 # Norms behind the stages in the authors' detectors and segmentors: outnorm0, norm0 and extra_norms.0.
 _OUT_NORM = re.compile(r"^(?:outnorm|norm|extra_norms\.)(\d+)\.(weight|bias)$")
@@ -213,13 +213,7 @@ def _check_start(model_name: str, pretrained: bool, checkpoint: str | None) -> N
         raise TypeError(f"pretrained must be True or False, got {pretrained!r}: a file goes to checkpoint")
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where to start from")
-    if ":" in model_name:  # timm reads the model from a folder or a hub
-        return
-    if not timm.is_model(model_name):
-        close = get_close_matches(model_name, timm.list_models(), n=3)
-        raise ValueError(f"unknown model {model_name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    if pretrained and not timm.models.is_model_pretrained(model_name):
-        raise ValueError(f"{model_name!r} has no released weights; leave pretrained out or name a checkpoint")
+    check_any_model(model_name, pretrained)
 
 
 def _check_indices(model: nn.Module, name: str, out_indices: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from subquad import configs
 
 NAMES = configs.names()
 
-# What the authors' README states for the whole detector or segmentor: millions of parameters, and GFLOPs where they
+# What the authors' READMEs state for the whole detector or segmentor: millions of parameters, and GFLOPs where they
 # count the scan as this library does.
 STATED = {
     "mask-rcnn_vmamba-tiny": (50, 271),
@@ -31,6 +31,10 @@ STATED = {
     "upernet_vmamba-tiny-vanilla": (55, None),
     "upernet_vmamba-small-vanilla": (76, None),
     "upernet_vmamba-base-vanilla": (110, None),
+    "mask-rcnn_msvmamba-micro": (32, 201),
+    "mask-rcnn_msvmamba-tiny": (53, None),  # 4 % below the count of this library, as no other is
+    "upernet_msvmamba-micro": (42, 875),
+    "upernet_msvmamba-tiny": (65, 942),
 }
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import timm
 import torch
 
+from subquad.backbones.registry import check_any_model
 from subquad.tools.training import checkpoints
 from subquad.tools.training.data import Augmentation
 
@@ -127,15 +126,9 @@ def check_options(options: Options) -> None:
 
 
 def _check_start(options: Options) -> None:
-    model = str(options.model)
-    local = ":" not in model  # else timm reads the model from a folder or a hub
-    if local and not timm.is_model(model):
-        close = get_close_matches(model, timm.list_models(), n=3)
-        raise ValueError(f"unknown model {model!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where to start from")
-    if options.pretrained and local and not timm.models.is_model_pretrained(model):
-        raise ValueError(f"{model!r} has no released weights; train it from scratch or name another model")
+    check_any_model(str(options.model), options.pretrained)
     if options.checkpoint is not None and not options.checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {str(options.checkpoint)!r} does not exist")
     if options.output is not None and not options.resume:

@@ -1,0 +1,15 @@
+# MSVMamba-Tiny, UperNet 160k: mIoU 47.8.
+# Settings: the authors' config, which inherits Swin's; result: arXiv 2405.14174, github.com/YuHengsss/MSVMamba.
+# Its ImageNet weights lie in a folder of the authors': name the file as `model.backbone.checkpoint`.
+_base_ = [
+    "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/adamw_160k.py",
+    "../_base_/runtime.py",
+]
+published = dict(miou=47.8)
+model = dict(
+    backbone=dict(model_name="msvmamba_tiny", pretrained=False, drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
