@@ -79,6 +79,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
 
 
 def is_compiling_ahead() -> bool:
+    """Whether this thread is inside ``compiling_ahead``."""
     return _ahead.device is not None
 
 

@@ -58,6 +58,7 @@ _CANDIDATES = [
 
 
 def default_config(which: str, call: ScanCall) -> Config:
+    """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
     rank = 0 if call.dt_weight is None else call.dt.shape[-1]
     if call.A.shape[-1] > 1:
         return _CONFIGS[which, "many states"]
@@ -65,6 +66,7 @@ def default_config(which: str, call: ScanCall) -> Config:
 
 
 def config_for(which: str, call: ScanCall, run: Callable[[Config], object]) -> Config:
+    """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` did the pass with each candidate."""
     rank = 0 if call.dt_weight is None else call.dt.shape[-1]
     key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank, call.x.dtype)
     return _triton.tuned(key, call.x, _CANDIDATES, default_config(which, call), run)
@@ -271,6 +273,7 @@ class Inputs(NamedTuple):
 
 
 def kernel_inputs(call: ScanCall) -> Inputs:
+    """A call's inputs as the kernels read them; only what is not laid out that way is copied."""
     A = call.A.contiguous()
     zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
     parts = (call.B, call.C) if call.dt_weight is None else (call.dt, call.B, call.C)

@@ -41,7 +41,6 @@ def test_explain_names_the_implementation_and_the_reasons(make_inputs: Any) -> N
     ("options", "reason"),
     [
         ({"groups": 2}, "2 groups of channels"),
-        ({"routes": torch.arange(20)[None]}, "index table"),
         ({"batch": 0}, "empty batch"),
     ],
 )
