@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,14 @@ def _compile(
         kernel.warmup(*arguments, grid=grid, **options)
 
 
+def _kind(value: object) -> object:
+    """What Triton tells variants of a kernel apart by, in an argument that is not a compile-time constant."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    assert isinstance(value, int)
+    return value == 1, value % 16 == 0
+
+
 class Launcher:
     """Launches the kernels of one shape class: through Triton the first time, and then as compiled.
 
@@ -116,15 +124,16 @@ class Launcher:
             return
         constants = tuple(meta[constant] for constant in kernel.arg_names[len(arguments) :])
         options = {option: meta[option] for option in ("num_warps", "num_stages") if option in meta}
-        job = (kernel.__name__, self._device, constants, *options.values())
+        device = self._device or next(value.device for value in arguments if isinstance(value, torch.Tensor))
+        job = (kernel.__name__, device, constants, *options.values(), *map(_kind, arguments))
         if self._device is not None:
             if job not in _jobs:
                 types = [value.dtype if isinstance(value, torch.Tensor) else value for value in arguments]
-                _jobs[job] = _compilers().submit(_compile, kernel, grid, (*types, *constants), options, self._device)
+                with suppress(RuntimeError):  # the interpreter is on its way out
+                    _jobs[job] = _compilers().submit(_compile, kernel, grid, (*types, *constants), options, device)
             return
-        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
-        if (running := _jobs.get((kernel.__name__, device, *job[2:]))) is not None:
-            wait([running])  # and compile here what it could not
+        if job in _jobs:
+            wait([_jobs[job]])  # and compile here what it could not
         compiled = kernel[grid](*arguments, *constants, **options)
         if compiled is not None:  # the interpreter compiles nothing
             self._known[name] = compiled[grid], constants

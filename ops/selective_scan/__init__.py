@@ -345,6 +345,10 @@ def _why_not_triton(call: ScanCall) -> str | None:
         return "empty batch"
     if call.B.shape[-2] != 1:
         return f"{call.B.shape[-2]} groups of channels, the kernels have one"
+    if len(call.routes) > 32:
+        return f"{len(call.routes)} routes, the kernels take up to 32"
+    if call.x.shape[0] > 2**17:
+        return f"{call.x.shape[0]} images, the kernels take up to {2**17}"
     return None
 
 

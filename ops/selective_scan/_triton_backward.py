@@ -54,7 +54,7 @@ def selective_scan_bwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    p_path = p_paths + group * length
+    p_path = p_paths + group * ((length + 3) // 4 * 4)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -98,7 +98,7 @@ def selective_scan_bwd_kernel_states(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -122,7 +122,7 @@ def selective_scan_bwd_kernel_states(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             if TWO_LEVEL:
@@ -231,7 +231,7 @@ def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
-    """Write columns of b [., 32] as packed rows, or with ``more`` add them to what is there."""
+    """Write columns of b [., 32] as packed rows."""
     o_r = tl.arange(0, b.shape[0])
     m_r = m_t[:, None] & (o_r < WIDTH)[None, :]
     p_r = p_grow[:, None] + o_r[None, :]
@@ -271,7 +271,7 @@ def selective_scan_bwd_kernel(
         gs_t = gd_t sigmoid(s_t)               gbias = sum_t gs_t
         gdt_t = gs_t . weight                  gweight = sum_t gs_t dt_t     (low-rank steps)
 
-    Grid (channel blocks / ``blocks``, lanes / 4), one warp that loops over its channel blocks. On chip: the forward
+    Grid (E / BC, lanes / 4), one warp. On chip: the forward
     route's adjoint state and the reversed route's state; the other two enter each tile from ``p_tiles`` and
     ``p_adjoints``. With N > 1 both, and the sums of gA, wait in ``p_scratch`` (L1) between tiles.
     Sums over channels go to ``p_grows`` ([grid 0, B, L, K, ROW]: gdt, gB, gC), sums over lanes to ``p_gparams``
@@ -355,7 +355,7 @@ def selective_scan_bwd_kernel(
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
                 p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
@@ -384,7 +384,7 @@ def selective_scan_bwd_kernel(
             b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
                 p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),

@@ -48,7 +48,7 @@ def selective_scan_fwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    p_path = p_paths + group * length
+    p_path = p_paths + group * ((length + 3) // 4 * 4)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -85,7 +85,7 @@ def selective_scan_fwd_kernel_states(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -105,7 +105,7 @@ def selective_scan_fwd_kernel_states(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -226,7 +226,7 @@ def selective_scan_fwd_kernel(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
@@ -245,7 +245,7 @@ def selective_scan_fwd_kernel(
             _b_rows, b_bc, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION,
+                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x

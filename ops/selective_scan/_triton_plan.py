@@ -18,7 +18,7 @@ from subquad.ops import _triton
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
-_MOST_PLANS = 256
+_MOST_PLANS = 256  # a bound for programs that see images of any size
 LANES = 4
 
 
@@ -98,21 +98,24 @@ def _groups(codes: list[int]) -> list[Group]:
     return groups
 
 
-def _paths(call: ScanCall, groups: list[Group]) -> Tensor:
-    """Row-major pixels along each group's path, walked forwards, int32 (groups, L).
+def make_paths(call: ScanCall, groups: list[Group]) -> Tensor:
+    """Row-major pixels along each group's path, walked forwards, int32 (groups, L); rows start 16-byte aligned.
 
-    Made anew for each call, in its stream: a table kept from a graph capture would be unfilled outside of the graph.
+    Made anew for each call, in its stream and memory pool: a table that a graph reads must live as long as the graph.
     """
     height, width = call.x.shape[1:3]
-    rows = torch.arange(height * width, dtype=torch.int32, device=call.x.device)
-    paths = []
-    for group in groups:
+    length = height * width
+    paths = torch.empty(len(groups), 4 * triton.cdiv(length, 4), dtype=torch.int32, device=call.x.device)[:, :length]
+    rows = torch.arange(length, dtype=torch.int32, device=call.x.device)
+    for group, path in zip(groups, paths, strict=True):
         if group.code == TABLE:
             assert call.table is not None
-            paths.append(call.table[group.forward])
+            path.copy_(call.table[group.forward])
+        elif group.code & COLUMN:
+            path.view(width, height).copy_(rows.view(height, width).t())
         else:
-            paths.append(rows.view(height, width).t().reshape(-1) if group.code & COLUMN else rows)
-    return torch.stack(paths)
+            path.copy_(rows)
+    return paths
 
 
 class Plan(NamedTuple):
@@ -120,7 +123,6 @@ class Plan(NamedTuple):
 
     groups: list[Group]
     batches: list[list[Group]]
-    paths: Tensor
     block: int
     segments: int
     tiles: int
@@ -152,19 +154,15 @@ def plan_for(
         which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype, inputs.packed,
         *map(_triton.facts, (*inputs.tensors, call.initial_state, *more)),
     )  # fmt: skip
-    if call.table is not None or _triton.is_compiling_ahead():
+    if _triton.is_compiling_ahead():
         return _make_plan(call, inputs, config)
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(call, inputs, config)
-        # A table of pixels that a graph capture fills is not filled outside of the graph.
-        if not (call.x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
-            if call.x.is_cuda:
-                torch.cuda.current_stream(call.x.device).synchronize()  # other streams may read the table from now on
-                on_new()
-            _plans[key] = plan
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(call, inputs, config)
+        if call.x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            on_new()
     return plan
 
 
@@ -181,10 +179,11 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     lanes = batch * segments
     lane_programs = triton.cdiv(lanes, LANES)
     rank = call.dt.shape[-1] if call.dt_weight is not None else 0
-    # Offsets into x, dt or its gradients for each of up to all channel blocks, and the states.
+    row = 8 * triton.cdiv(rank + 2 * state, 8)  # packed gradients, in rows that can be written 16 bytes wide
+    # Offsets into x, dt, packed rows of gradients for each channel block, and states.
     largest = max(
         batch * length * dim,
-        batch * length * n_routes * max(call.dt.shape[-1], blocks * (rank + 2 * state)),
+        batch * length * n_routes * max(call.dt.shape[-1], blocks * row),
         batch * n_routes * (chunks + 1) * dim * state,
         2 * batch * segments * segment_tiles * dim * state,
         *map(_extent, inputs.tensors),
@@ -196,6 +195,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
         "BN": max(16, triton.next_power_of_2(2 * state)),
         "RANK": rank,
+        "ROW": row,
         "ALIGN": align,
         "STEPS": config.steps,
         "CHUNK": CHUNK,
@@ -215,7 +215,6 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     return Plan(
         groups=groups,
         batches=_batches(groups, 2 if state == 1 else 1),
-        paths=_paths(call, groups),
         block=config.block,
         segments=segments,
         tiles=segments * segment_tiles,

@@ -11,20 +11,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # Numbers that say nothing about alignment: compiling a kernel for each of their special values (1, multiples of 16)
 # would only multiply the time of the first call.
 _PLAIN = {
-    *("n_lanes", "length", "segments", "segment_tiles", "tiles", "slots", "stride_row_b", "stride_row_p"),
-    *(
-        "stride_row_k",
-        "n_routes",
-        "routes",
-        "k_forward",
-        "k_reversed",
-        "blocks",
-        "images",
-        "reversed_routes",
-        "last",
-        "rows",
-        "programs",
-    ),
+    *("n_lanes", "length", "segments", "segment_tiles", "slots", "stride_row_b", "stride_row_p", "stride_row_k"),
+    *("n_routes", "routes", "images", "add", "reversed_routes", "last", "rows", "programs"),
 }
 
 
@@ -247,12 +235,12 @@ def _load_route(
     p_dt, p_rows, k, o_b, o_p, m_t, o_mb, o_mp, o_mc, m_map, b_w, b_bias,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
-    STEPS: tl.constexpr, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What a route says about a tile: its packed rows [BR, 4 * STEPS], those with B and C [BN, 4 * STEPS], raw steps
     [BC, 4 * STEPS]."""
     # Strides come divided by ALIGN: that lets the compiler see how wide it can load.
-    o_row = (o_b * stride_row_b + k * stride_row_k + o_p * stride_row_p) * ALIGN
+    o_row = (o_b * stride_row_b + k.to(INDEX) * stride_row_k + o_p.to(INDEX) * stride_row_p) * ALIGN
     if N == 1:
         b_rows = _load_rows(p_rows, o_row, m_t, RANK + 2, BR)
         b_bc = b_rows
@@ -264,7 +252,7 @@ def _load_route(
     if LOW_RANK:
         b_s = tl.dot(b_w, b_rows, acc=tl.broadcast_to(b_bias[:, None], (BC, 4 * STEPS)), input_precision=PRECISION)
     else:
-        o_dt = (o_mb * stride_dt_b + k * stride_dt_k)[:, None] + o_mp * stride_dt_p
+        o_dt = (o_mb * stride_dt_b + k.to(INDEX) * stride_dt_k)[:, None] + o_mp.to(INDEX) * stride_dt_p
         b_dt = _load_tile(p_dt, o_dt[:, None, :, None] + o_mc[None, :, None, :], m_map, BC, STEPS)
         b_s = b_dt * _LOG2E + b_bias[:, None]
     return b_rows, b_bc, b_s

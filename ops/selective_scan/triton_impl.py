@@ -46,6 +46,7 @@ from subquad.ops.selective_scan._triton_plan import (
     config_for,
     default_config,
     kernel_inputs,
+    make_paths,
     pack_routes,
     plan_for,
 )
@@ -96,16 +97,22 @@ class _Between(NamedTuple):
 
 def _between(x: Tensor, plan: Plan, n_routes: int, state: int) -> _Between:
     batch, dim = x.shape[0], x.shape[-1]
-    groups = max(map(len, plan.batches))
-    tiles = _scratch(x, groups, batch, plan.tiles, state, dim)
+    groups = max(map(len, plan.batches)) if any(group.reversed >= 0 for group in plan.groups) else 0
+    tiles = _scratch(x, max(1, groups), batch, plan.tiles if groups else 0, state, dim)
     if not plan.two_level:
         return _Between(tiles, tiles, tiles, tiles)
     return _Between(
         tiles,
-        _scratch(x, groups, batch, plan.tiles, dim),
+        _scratch(x, *tiles.shape[:3], dim),
         _scratch(x, batch, n_routes, plan.segments, state, dim),
         _scratch(x, batch, n_routes, plan.segments, dim),
     )
+
+
+def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
+    """Tiles and sums of the i-th group of a batch; some of either where there are none to read."""
+    i = min(i, len(between.tiles) - 1)
+    return between.tiles[i], between.sums[i]
 
 
 def _compile_ahead(call: ScanCall, config: Config) -> None:
@@ -133,6 +140,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     x, meta = inputs.x, plan.meta
     batch, dim, n_routes, state = x.shape[0], x.shape[-1], len(call.routes), meta["N"]
 
+    paths = make_paths(call, plan.groups)
     y = torch.empty_like(x, dtype=call.out_dtype)
     partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
     states = _scratch(x, batch, n_routes, plan.sizes[4], dim, state)
@@ -155,7 +163,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     selective_scan_fwd_kernel_states,
                     (*plan.grid, len(groups)),
                     (
-                        *shared, plan.paths[first], given, *between, states, waiting,
+                        *shared, paths[first], given, *between, states, waiting,
                         *plan.sizes, pack_routes(groups), batch,
                     ),
                     {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -172,7 +180,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     selective_scan_fwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, plan.paths[first + i], entries, between.tiles[i], between.sums[i], states,
+                        *shared, inputs.D, paths[first + i], entries, *_of_group(between, i), states,
                         target if before is None else before, target, waiting, *plan.sizes, pack_routes([group]),
                         int(before is not None),
                     ),
@@ -202,19 +210,20 @@ def _backward(
     blocks, lane_programs = plan.grid
     low_rank = call.dt_weight is not None
 
+    paths = make_paths(call, plan.groups)
     grad_x = torch.empty_like(x)
     partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
     grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
-    row = 8 * triton.cdiv(rank + 2 * state, 8)  # rows that can be written 16 bytes wide
-    # One partial sum a channel block. bfloat16 where the sum becomes 16 bits wide anyway: half the bytes.
-    rows_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    rows = x.new_empty((blocks, batch * height * width * n_routes, row), dtype=rows_dtype)
+    # One partial sum a channel block. bfloat16 where the sum has no more bits in the end: half the bytes.
+    rows_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    rows = x.new_empty((blocks, batch * height * width * n_routes, meta["ROW"]), dtype=rows_dtype)
     params = _scratch(x, lane_programs, n_routes, dim, state + 2)
     weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else x
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
     keep = grad_initial is not None
     between = _between(x, plan, n_routes, state)
-    state_tiles = torch.empty_like(between.tiles)
+    groups_at_once = max(map(len, plan.batches))
+    state_tiles = _scratch(x, groups_at_once, batch, plan.tiles, state, dim)
     waiting = _scratch(x, 6 * blocks * lane_programs, state, LANES, plan.block) if state > 1 else x
     given = _by_channel(grad_last_state)
     has_given = given is not None
@@ -233,7 +242,7 @@ def _backward(
                 selective_scan_bwd_kernel_states,
                 (*plan.grid, len(groups)),
                 (
-                    *shared, plan.paths[first], states, given, state_tiles, *between, initial, waiting,
+                    *shared, paths[first], states, given, state_tiles, *between, initial, waiting,
                     *plan.sizes, pack_routes(groups), batch,
                 ),
                 {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -249,13 +258,14 @@ def _backward(
                     selective_scan_bwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, plan.paths[first + i], states, entries, state_tiles[i], between.tiles[i],
-                        between.sums[i], target if before is None else before, target, grad_dt, rows, weights, params,
+                        *shared, inputs.D, paths[first + i], states, entries, state_tiles[i],
+                        *_of_group(between, i), target if before is None else before, target, grad_dt, rows, weights,
+                        params,
                         initial, waiting, *plan.sizes, pack_routes([group]), batch, int(before is not None),
                     ),
                     {
                         **meta, **directions, "ENTRY": plan.two_level or has_given,
-                        "DOT": _dot_dtype(x), "ROW": row,
+                        "DOT": _dot_dtype(x),
                     },
                 )  # fmt: skip
                 before = target
@@ -264,7 +274,14 @@ def _backward(
             selective_scan_bwd_kernel_rows,
             (triton.cdiv(rows.shape[1], 32), 1, 1),
             (rows, grad_dt, grad_B, grad_C, rows.shape[1], blocks),
-            {"N": state, "RANK": rank, "ROW": row, "BT": 32, "BW": triton.next_power_of_2(row), "num_warps": 4},
+            {
+                "N": state,
+                "RANK": rank,
+                "ROW": meta["ROW"],
+                "BT": 32,
+                "BW": triton.next_power_of_2(meta["ROW"]),
+                "num_warps": 4,
+            },
         )
     grad_A, grad_D, grad_bias = params.sum(0).split([state, 1, 1], dim=-1)
     return (

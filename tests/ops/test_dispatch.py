@@ -41,6 +41,7 @@ def test_explain_names_the_implementation_and_the_reasons(make_inputs: Any) -> N
     ("options", "reason"),
     [
         ({"groups": 2}, "2 groups of channels"),
+        ({"routes": ("row",) * 33}, "33 routes"),
         ({"batch": 0}, "empty batch"),
     ],
 )

@@ -8,6 +8,7 @@ needs the GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -177,6 +178,35 @@ def test_backward_in_torch_from_states_of_triton() -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # rounding of two orders of summation
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("shape", "rank", "bits"),
+    [
+        ((33, 256, 256, 256), 8, 64),  # rows of gradients, each padded to 16 entries, for 16 channel blocks
+        ((33, 256, 256, 256), 6, 32),
+        ((1, 1024, 1024, 768), None, 64),  # full-rank steps of four routes
+    ],
+)
+def test_offsets_are_wide_where_buffers_are_large(
+    shape: tuple[int, int, int, int], rank: int | None, bits: int
+) -> None:
+    """Without memory: the plan of meta tensors."""
+    from subquad.ops.selective_scan import _triton_plan, prepare
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+    lead, dim = shape[:3], shape[-1]
+    call = prepare(
+        empty(*shape), empty(*lead, 4, rank or dim), empty(4, dim, 1).float(), empty(*lead, 4, 1), empty(*lead, 4, 1),
+        dt_weight=empty(4, dim, rank).float() if rank else None, routes=CROSS,
+    )  # fmt: skip
+    found = _triton_plan.kernel_inputs(call)
+    config = _triton_plan.default_config("backward", call)
+    plan = _triton_plan.plan_for("backward", call, found, config, on_new=lambda: None)
+    assert plan.meta["INDEX"].primitive_bitwidth == bits
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SMALL)
@@ -237,6 +267,25 @@ def test_gpu_graph_capture_of_a_first_call() -> None:
         graph.replay()
         torch.testing.assert_close(captured, expected, rtol=0, atol=0)
         assert torch.equal(ops.selective_scan(**wide, routes=CROSS)[:2], expected)
+
+
+@pytest.mark.gpu
+def test_gpu_reduce_overhead_on_a_first_shape() -> None:
+    """Nothing that a call leaves behind lies in the memory pool of a graph."""
+    arguments = {name: value.float().cuda() for name, value in inputs(SMALL["cross"], torch.float32).items()}
+    arguments["x"] = arguments["x"][:, :, :3].contiguous()
+    for name in ("dt", "B", "C"):
+        arguments[name] = arguments[name][:, :, :3].contiguous()
+
+    def scan(x: Tensor) -> Tensor:
+        return ops.selective_scan(**(arguments | {"x": x}), routes=CROSS)
+
+    compiled = torch.compile(scan, mode="reduce-overhead")
+    with torch.no_grad():
+        found = [compiled(arguments["x"]).clone() for _ in range(3)]
+        expected = scan(arguments["x"])
+    for value in found:
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
