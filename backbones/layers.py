@@ -248,13 +248,13 @@ def ceil_to(size: int, multiple: int) -> int:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then layer norm."""
+    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then a norm."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: bool = True, **dd: Any) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: Factory | None, **dd: Any) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm = nn.Identity() if norm is None else norm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = ceil_to(x.shape[2], self.patch_size), ceil_to(x.shape[3], self.patch_size)
@@ -325,9 +325,9 @@ class ConvDownsample(nn.Module):
 class PatchMerging(nn.Module):
     """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
 
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+    def __init__(self, in_dim: int, dim: int, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-5, **dd)
+        self.norm = norm(4 * in_dim, **dd)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     flatten     focused linear attention, arXiv 2308.00442, https://github.com/LeapLabTHU/FLatten-Transformer
     inline      injective linear attention, arXiv 2412.06590, https://github.com/LeapLabTHU/InLine
     polaformer  polarity-aware linear attention, arXiv 2501.15061, https://github.com/ZacharyMeng/PolaFormer
+    slab        simplified linear attention, arXiv 2405.11582, https://github.com/xinghaochen/SLAB
 
 A mixer is called with tokens (B, N, dim), of a map in row-major order, and the size of that map, as timm's attention of
 PVT v2 is. Its tables, made for ``resolution``, are resampled for the map at hand.
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class HeadConv(nn.Conv2d):
 
 
 class PositionedMixer(nn.Module):
-    """What FLatten's and PolaFormer's mixers share: projections, a position table for the keys, scales, a local branch.
+    """What the mixers of FLatten, PolaFormer and SLAB share: projections, positions of the keys, a local branch.
 
     Args:
         dim, num_heads: channels and heads.
@@ -64,14 +65,12 @@ class PositionedMixer(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, parts * dim, **dd)
         self.position = nn.Parameter(torch.zeros(1, *resolution, dim, **dd))
-        self.scale = nn.Parameter(torch.zeros(dim, **dd))
         self.conv = HeadConv(dim // num_heads, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
-        """Position table and scales start at 0."""
+        """The position table starts at 0."""
         nn.init.zeros_(self.position)
-        nn.init.zeros_(self.scale)
 
     def key_position(self, feat_size: list[int]) -> Tensor:
         """The position table for a map, (1, N, dim)."""
@@ -113,6 +112,12 @@ class FocusedAttention(PositionedMixer):
         self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(dim, num_heads, resolution, 3, device=device, dtype=dtype)
+        self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Position table and scales start at 0."""
+        super().reset_parameters()
+        nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -144,11 +149,13 @@ class PolarityAttention(PositionedMixer):
         self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(dim, num_heads, resolution, 4, device=device, dtype=dtype)
+        self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.power = nn.Parameter(torch.zeros(num_heads, dim // num_heads, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Position table, scales and powers start at 0."""
         super().reset_parameters()
+        nn.init.zeros_(self.scale)
         nn.init.zeros_(self.power)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
@@ -158,6 +165,30 @@ class PolarityAttention(PositionedMixer):
         first, second = self.cut(v).to(keys.dtype).chunk(2, dim=-1)
         o = torch.cat([attend(same, keys, first), attend(opposite, keys, second)], dim=-1)
         return self.proj((o.flatten(2).to(v.dtype) + self.conv(v, feat_size)) * gate)
+
+
+@register_notrace_function
+def positive_features(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, N, C) to their positive parts, queries times N.
+
+    So the op's means become the sums that SLAB divides, and its eps is that of the sum of the weights.
+    """
+    return F.relu(_wide(q)) * k.shape[1], F.relu(_wide(k) + _wide(position))
+
+
+class SimplifiedAttention(PositionedMixer):
+    """SLAB's mixer, with the positive parts as features; arguments as in ``PositionedMixer``."""
+
+    def __init__(
+        self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(dim, num_heads, resolution, 3, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = positive_features(q, k, self.key_position(feat_size))
+        o = attend(self.cut(q), self.cut(k), self.cut(v).to(q.dtype), eps=1e-6).flatten(2).to(v.dtype)
+        return self.proj(o + self.conv(v, feat_size))
 
 
 @register_notrace_function
@@ -323,83 +354,12 @@ MIXERS: dict[str, Factory] = {
     "flatten": FocusedAttention,
     "inline": InjectiveAttention,
     "polaformer": PolarityAttention,
+    "slab": SimplifiedAttention,
 }
 """Called as ``mixer(dim, num_heads, resolution, device=, dtype=)``."""
 
 PREFIX_MIXERS: dict[str, Factory] = {"agent": AgentAttention, "inline": InjectiveAttention}
 """Those that take ``prefix_tokens=`` too."""
-
-
-@register_notrace_function
-def to_windows(x: Tensor, side: int) -> Tensor:
-    """Maps (B, H, W, C), zeros added at the right and at the bottom, to windows (B * windows, side * side, C)."""
-    rows, columns = (x.shape[1] + side - 1) // side, (x.shape[2] + side - 1) // side
-    x = F.pad(x, (0, 0, 0, columns * side - x.shape[2], 0, rows * side - x.shape[1]))
-    x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)  # (B, rows, columns, i, j, C)
-    return x.flatten(3, 4).flatten(0, 2)
-
-
-@register_notrace_function
-def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
-    """The inverse of ``to_windows`` for maps (B, height, width, C)."""
-    rows, columns = (height + side - 1) // side, (width + side - 1) // side
-    batch = x.shape[0] // (rows * columns)
-    x = x.unflatten(0, (batch, rows, columns)).unflatten(3, (side, side)).transpose(2, 3)
-    return crop(x.flatten(3, 4).flatten(1, 2), height, width)
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left of maps, as a copy: whether a view is contiguous would depend on sizes, and export fixes that."""
-    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-
-
-class MixerBlock(nn.Module):
-    """Pre-norm residual block on maps (B, H, W, dim): a mixer and an MLP.
-
-    Args:
-        dim: channels.
-        mixer: called as ``mixer(dim, device=, dtype=)``.
-        mlp_ratio: hidden size of the MLP over the channels.
-        eps: of the norms.
-        window: side of the square windows that the mixer sees one by one, 0 for the whole map.
-        mlp: called as ``mlp(dim, hidden, device=, dtype=)``, on maps.
-        out_norm: a norm behind the block.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Factory,
-        mlp_ratio: float,
-        eps: float,
-        window: int = 0,
-        mlp: Factory = Mlp,
-        out_norm: bool = False,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.window = window
-        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.attn = mixer(dim, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
-        self.mlp = mlp(dim, int(dim * mlp_ratio), **dd)
-        self.out_norm = nn.LayerNorm(dim, eps=eps, **dd) if out_norm else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        y = self.norm1(x)
-        if self.window > 0:
-            parts = self.attn(to_windows(y, self.window), [self.window, self.window])
-            y = from_windows(parts, self.window, height, width)
-        else:
-            y = self.attn(y.flatten(1, 2), [height, width]).unflatten(1, (height, width))
-        x = x + self.drop_path(y)
-        return self.out_norm(x + self.drop_path(self.mlp(self.norm2(x))))
 
 
 def check_mixer(dim: int, num_heads: int) -> None:

@@ -9,72 +9,36 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
-from subquad.backbones.base import Factory, Isotropic, resample_position
-from subquad.backbones.hosts.origins import host_cfg
+from subquad.backbones.base import Factory, Isotropic
+from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock
+from subquad.backbones.hosts.origins import host_cfg, slab_cfg
 from subquad.backbones.layers import PatchEmbed, in_turn
-from subquad.backbones.mixers import PREFIX_MIXERS
+from subquad.backbones.mixers import PREFIX_MIXERS, find_mixer
+from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerDeiT"]
-
-
-class TokenBlock(nn.Module):
-    """Pre-norm residual block on tokens (B, N, dim), prefix tokens in front: a mixer and an MLP."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Factory,
-        mlp_ratio: float,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = mixer(dim, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), [height, width]))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class SoftmaxAttention(nn.Module):
-    """DeiT's own mixer, called as the others are."""
-
-    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
-        o = F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return self.proj(o.transpose(1, 2).flatten(2))
 
 
 class MixerDeiT(Isotropic):
     """DeiT with a mixer.
 
     Args:
-        mixer: one of ``PREFIX_MIXERS``, those that know what to do with a class token.
+        mixer: one of ``PREFIX_MIXERS``, those that know what to do with a class token, or ``"softmax"``, DeiT's own;
+            without a class token one of ``MIXERS``.
         dim, depth, num_heads, mlp_ratio: width, number of blocks, heads, hidden size of the MLP over the width.
         agents: of the agent mixer, for each block; None for a block with softmax attention.
         patch_size: pixels per token along one axis.
         img_size: size (or height and width) that the position embedding is made for; others run too.
-        in_chans, global_pool, device, dtype, isotropic: arguments of ``Isotropic``.
+        class_token: whether there is one, in front of the others.
+        norm, norm_steps: of every norm, see ``prepbn.find_norm``.
+        global_pool: as in ``Isotropic``, by default the class token or, without one, the mean.
+        in_chans, device, dtype, isotropic: arguments of ``Isotropic``.
 
     Raises:
         ValueError: for a size or option that cannot be built, naming it.
@@ -95,37 +59,50 @@ class MixerDeiT(Isotropic):
         agents: Sequence[int | None] | None = None,
         patch_size: int = 16,
         img_size: int | tuple[int, int] = 224,
+        class_token: bool = True,
+        norm: str = "layer",
+        norm_steps: int = 60000,
         in_chans: int = 3,
-        global_pool: str = "token",
+        global_pool: str | None = None,
         device: Any = None,
         dtype: Any = None,
         **isotropic: Any,
     ) -> None:
-        if mixer not in PREFIX_MIXERS:
-            raise ValueError(f"mixer must be one of {list(PREFIX_MIXERS)}, got {mixer!r}")
         if agents is not None and len(agents) != depth:
             raise ValueError(f"agents must have one entry for each of {depth} blocks, got {tuple(agents)}")
         height, width = (max(1, side // patch_size) for side in to_2tuple(img_size))
-        attention = partial(PREFIX_MIXERS[mixer], num_heads=num_heads, resolution=(height, width), prefix_tokens=1)
+        attention = partial(_find_mixer(mixer, class_token), num_heads=num_heads, resolution=(height, width))
         softmax = partial(SoftmaxAttention, num_heads=num_heads)
-        kinds: list[Factory] = [attention] * depth
+        kinds: list[Factory] = [softmax if mixer == "softmax" else attention] * depth
         if agents is not None:
             kinds = [softmax if number is None else partial(attention, agents=number) for number in agents]
+        make_norm = find_norm(norm, 1e-6, norm_steps)
         super().__init__(
-            PatchEmbed(in_chans, dim, patch_size, norm=False, device=device, dtype=dtype),
-            in_turn([partial(TokenBlock, mixer=kind, mlp_ratio=mlp_ratio) for kind in kinds]),
+            PatchEmbed(in_chans, dim, patch_size, norm=None, device=device, dtype=dtype),
+            in_turn([partial(TokenBlock, mixer=kind, mlp_ratio=mlp_ratio, norm=make_norm) for kind in kinds]),
             dim=dim,
             depth=depth,
             reduction=patch_size,
-            norm=partial(nn.LayerNorm, eps=1e-6),
+            norm=make_norm,
             pos_grid=(height, width),
-            num_prefix_tokens=1,
+            num_prefix_tokens=int(class_token),
             in_chans=in_chans,
-            global_pool=global_pool,
+            global_pool=global_pool if global_pool is not None else "token" if class_token else "avg",
             device=device,
             dtype=dtype,
             **isotropic,
         )
+
+
+def _find_mixer(name: str, class_token: bool) -> Factory:
+    """The mixer of that name, one that takes a class token where there is one."""
+    if name == "softmax":
+        return SoftmaxAttention
+    if not class_token:
+        return find_mixer(name)
+    if name not in PREFIX_MIXERS:
+        raise ValueError(f"mixer must be one of {[*PREFIX_MIXERS, 'softmax']} with a class token, got {name!r}")
+    return partial(PREFIX_MIXERS[name], prefix_tokens=1)
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -141,13 +118,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     expected = model.state_dict()
     state = mixers.fit_mixers(weights.rename(weights.unwrap(state_dict), _NAMES), expected)
+    state = fit_norms(state, expected)
+    if "prefix_tokens" not in expected:
+        state.pop("prefix_tokens", None)  # in SLAB's checkpoints, never used
     positions = state.get("pos_embed")
     if positions is not None and positions.dim() == 3 and "prefix_tokens" in state:
         # The class token's own position is added to it once and for all.
         state["prefix_tokens"] = state["prefix_tokens"] + positions[:, :1]
         state["pos_embed"] = mixers.fit_position(positions[:, 1:], expected["pos_embed"])
-    elif positions is not None and positions.dim() == 4:
-        state["pos_embed"] = resample_position(positions, *expected["pos_embed"].shape[1:3])
+    elif positions is not None:
+        state["pos_embed"] = mixers.fit_position(positions, expected["pos_embed"])
     return state
 
 
@@ -164,6 +144,10 @@ def _cfg(mixer: str, side: int, share: str = "", size: str = "", **kwargs: Any) 
     )
 
 
+def _slab(file: str) -> dict[str, Any]:
+    return slab_cfg(file, first_conv="stem.proj", classifier="head", pool_size=(14, 14))
+
+
 default_cfgs = generate_default_cfgs(
     {
         "agent_deit_tiny.in1k": _cfg("agent", 224, "57e0904221824ee7b7af", "tiny"),
@@ -173,6 +157,10 @@ default_cfgs = generate_default_cfgs(
         "inline_deit_tiny.in1k": _cfg("inline", 224, "1d6b8191ad6d4114b291", "tiny"),
         "inline_deit_small.in1k": _cfg("inline", 288, "2f3898b07e9247f3beb3", "small"),
         "inline_deit_base.in1k": _cfg("inline", 448, "10bdd726d4b0435eb34e", "base"),
+        "prepbn_deit_tiny.in1k": _slab("deit_tiny_prepbn"),
+        "prepbn_deit_small.in1k": _slab("deit_small_prepbn"),
+        "slab_deit_tiny.in1k": _slab("slab_deit_tiny"),
+        "slab_deit_small.in1k": _slab("slab_deit_small"),
     }
 )
 
@@ -193,6 +181,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inline_deit_tiny": {"mixer": "inline", "dim": 192, "num_heads": 6, "drop_path_rate": 0.1},
     "inline_deit_small": {"mixer": "inline", "dim": 320, "num_heads": 10, "img_size": 288, "drop_path_rate": 0.1},
     "inline_deit_base": {"mixer": "inline", "dim": 384, "num_heads": 12, "img_size": 448, "drop_path_rate": 0.1},
+    "prepbn_deit_tiny": {"mixer": "softmax", "dim": 192, "num_heads": 3, "norm": "repbn"},
+    "prepbn_deit_small": {"mixer": "softmax", "dim": 384, "num_heads": 6, "norm": "prepbn"},
+    "slab_deit_tiny": {"mixer": "slab", "dim": 192, "num_heads": 3, "norm": "prepbn", "class_token": False},
+    "slab_deit_small": {"mixer": "slab", "dim": 384, "num_heads": 6, "norm": "prepbn", "class_token": False},
 }
 
 register_variants(__name__, MixerDeiT, VARIANTS, checkpoint_filter_fn, out_indices=(2, 5, 8, 11))

@@ -35,11 +35,20 @@ _ORIGINS: dict[str, dict[str, Any]] = {
         "paper_name": "PolaFormer: Polarity-aware Linear Attention for Vision Transformers",
         "paper_ids": "arXiv:2501.15061",
     },
+    "slab": {
+        "license": "unknown",
+        "notes": (_NO_LICENSE,),
+        "origin_url": "https://github.com/xinghaochen/SLAB",
+        "paper_name": "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive "
+        "Re-parameterized Batch Normalization",
+        "paper_ids": "arXiv:2405.11582",
+        "crop_mode": "center",
+    },
 }
 
 
 def host_cfg(mixer: str, *, first_conv: str, share: str = "", file: str = "", **kwargs: Any) -> dict[str, Any]:
-    """Default cfg of a host with a mixer, whose images are squashed to a square before the crop.
+    """Default cfg of a host with a mixer, whose images are mostly squashed to a square before the crop.
 
     Args:
         mixer: one of ``MIXERS``.
@@ -61,3 +70,9 @@ def host_cfg(mixer: str, *, first_conv: str, share: str = "", file: str = "", **
         "classifier": "head.fc",
     }
     return common | _ORIGINS[mixer] | source | kwargs
+
+
+def slab_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """``host_cfg`` for a file of SLAB's release, which holds models with its mixer and such with its norm alone."""
+    url = f"https://github.com/xinghaochen/SLAB/releases/download/ckpts/{name}.pth"
+    return host_cfg("slab", url=url, custom_load=True, **kwargs)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Factory, Pyramid, StageSpec, resample_position
-from subquad.backbones.hosts.origins import host_cfg
+from subquad.backbones.hosts.blocks import MixerBlock
+from subquad.backbones.hosts.origins import host_cfg, slab_cfg
 from subquad.backbones.layers import PatchEmbed, check_heads
-from subquad.backbones.mixers import MixerBlock, find_mixer, fit_position
+from subquad.backbones.mixers import find_mixer, fit_position
+from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerPVT"]
@@ -36,13 +38,14 @@ class PositionedPatchEmbed(nn.Module):
         patch_size: int,
         resolution: tuple[int, int],
         of_images: bool,
+        norm: Factory,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.of_images = of_images
-        self.embed = PatchEmbed(in_dim, dim, patch_size, **dd)
+        self.embed = PatchEmbed(in_dim, dim, patch_size, norm, **dd)
         self.position = nn.Parameter(torch.empty(1, *resolution, dim, **dd))
         self.reset_parameters()
 
@@ -55,6 +58,14 @@ class PositionedPatchEmbed(nn.Module):
         return x + resample_position(self.position, x.shape[1], x.shape[2], "bilinear")
 
 
+def reduced_attention(dim: int, num_heads: int, sr_ratio: int, norm: Factory, **dd: Any) -> nn.Module:
+    """timm's attention of PVT v2, with another norm for the reduced map."""
+    attention = Attention(dim, num_heads, sr_ratio=sr_ratio, **dd)
+    if sr_ratio > 1:
+        attention.norm = norm(dim, **dd)  # type: ignore[assignment]
+    return attention
+
+
 class MixerPVT(Pyramid):
     """PVT with a mixer.
 
@@ -65,6 +76,7 @@ class MixerPVT(Pyramid):
         mixer_stages: which stages have the mixer; the others have softmax attention.
         sr_ratios: by how much softmax attention reduces the map of its keys, for each stage.
         img_size: size (or height and width) that position tables are made for; others run too.
+        norm, norm_steps: of every norm, see ``prepbn.find_norm``.
         in_chans, device, dtype, pyramid: arguments of ``Pyramid``.
 
     Raises:
@@ -87,6 +99,8 @@ class MixerPVT(Pyramid):
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         img_size: int | tuple[int, int] = 224,
         mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
+        norm: str = "layer",
+        norm_steps: int = 300000,
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
@@ -98,21 +112,29 @@ class MixerPVT(Pyramid):
         for name, values in given.items():
             if len(values) != len(depths):
                 raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
-        make_mixer = find_mixer(mixer)
+        make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
+        # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
+        other_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm
         dd = {"device": device, "dtype": dtype}
         stages, embeds = [], []
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
             height, width = to_2tuple(img_size)
             resolution = (max(1, height // 2 ** (i + 2)), max(1, width // 2 ** (i + 2)))
             embeds.append(
-                partial(PositionedPatchEmbed, patch_size=2 if i else 4, resolution=resolution, of_images=i == 0)
+                partial(
+                    PositionedPatchEmbed,
+                    patch_size=2 if i else 4,
+                    resolution=resolution,
+                    of_images=i == 0,
+                    norm=other_norm,
+                )
             )
             attention: Factory
             if mixer_stages[i]:
                 attention = partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=resolution)
             else:
-                attention = partial(Attention, num_heads=heads, sr_ratio=sr_ratios[i])
-            block = partial(MixerBlock, mixer=attention, mlp_ratio=mlp_ratios[i], eps=1e-6)
+                attention = partial(reduced_attention, num_heads=heads, sr_ratio=sr_ratios[i], norm=other_norm)
+            block = partial(MixerBlock, mixer=attention, mlp_ratio=mlp_ratios[i], norm=block_norm)
             stages.append(StageSpec(dim, depths[i], 4 * 2**i, block=block, downsample=embeds[i] if i else None))
         super().__init__(
             stem=embeds[0](in_chans, dims[0], **dd),
@@ -146,6 +168,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     expected = model.state_dict()
     state = mixers.fit_mixers(weights.rename(weights.unwrap(state_dict), _NAMES), expected)
+    state = fit_norms(state, expected)
     return {
         name: fit_position(value, expected[name]) if name.endswith(("stem.position", "downsample.position")) else value
         for name, value in state.items()
@@ -156,7 +179,12 @@ def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str
     return host_cfg(mixer, first_conv="stem.embed.proj", share=share, file=f"{mixer}_pvt_{size}.pth", **kwargs)
 
 
+def _slab(file: str) -> dict[str, Any]:
+    return slab_cfg(file, first_conv="stem.embed.proj")
+
+
 _256: dict[str, Any] = {"input_size": (3, 256, 256), "pool_size": (8, 8)}
+_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -177,7 +205,14 @@ default_cfgs = generate_default_cfgs(
         "polaformer_pvt_small.in1k": _cfg("polaformer"),
         "polaformer_pvt_medium.untrained": _cfg("polaformer"),
         "polaformer_pvt_large.untrained": _cfg("polaformer"),
-        "test_inline_pvt.untrained": _cfg("inline", input_size=(3, 96, 96), pool_size=(3, 3)),
+        "prepbn_pvt_tiny.in1k": _slab("pvt_tiny_prepbn"),
+        "prepbn_pvt_small.in1k": _slab("pvt_small_prepbn"),
+        "prepbn_pvt_medium.in1k": _slab("pvt_medium_prepbn"),
+        "slab_pvt_tiny.in1k": _slab("slab_pvt_tiny"),
+        "slab_pvt_small.untrained": _cfg("slab"),
+        "slab_pvt_medium.untrained": _cfg("slab"),
+        "test_inline_pvt.untrained": _cfg("inline", **_TEST),
+        "test_slab_pvt.untrained": _cfg("slab", **_TEST),
     }
 )
 
@@ -186,6 +221,14 @@ _SIZES: dict[str, dict[str, Any]] = {
     "small": {"depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
     "medium": {"depths": (3, 4, 18, 3), "drop_path_rate": 0.3},
     "large": {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
+}
+_TEST_SIZES: dict[str, Any] = {
+    "depths": (1, 1, 1, 1),
+    "dims": (8, 16, 16, 24),
+    "num_heads": (1, 2, 2, 2),
+    "mlp_ratios": (2, 2, 2, 2),
+    "mixer_stages": (True, True, True, False),
+    "img_size": 96,
 }
 _HEADS: dict[str, dict[str, Any]] = {"flatten": {}, "inline": {"num_heads": (2, 4, 10, 16)}, "polaformer": {}}
 
@@ -200,15 +243,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **{f"agent_pvt_{size}": {**_AGENT, **options} for size, options in _SIZES.items()},
     "agent_pvt_medium_256": {**_AGENT, **_SIZES["medium"], "img_size": 256},
-    "test_inline_pvt": {
-        "mixer": "inline",
-        "depths": (1, 1, 1, 1),
-        "dims": (8, 16, 16, 24),
-        "num_heads": (1, 2, 2, 2),
-        "mlp_ratios": (2, 2, 2, 2),
-        "mixer_stages": (True, True, True, False),
-        "img_size": 96,
+    **{
+        f"{name}_pvt_{size}": {"mixer": "slab", "norm": "prepbn", **stages, **_SIZES[size], "drop_path_rate": rate}
+        for name, stages in {"slab": {}, "prepbn": {"mixer_stages": (False, False, False, False)}}.items()
+        for size, rate in {"tiny": 0.0, "small": 0.1, "medium": 0.3}.items()
     },
+    "test_inline_pvt": {"mixer": "inline", **_TEST_SIZES},
+    "test_slab_pvt": {"mixer": "slab", "norm": "prepbn", **_TEST_SIZES},
 }
 
 register_variants(__name__, MixerPVT, VARIANTS, checkpoint_filter_fn)

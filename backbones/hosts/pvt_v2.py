@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Pyramid, StageSpec
+from subquad.backbones.hosts.blocks import MixerBlock
 from subquad.backbones.hosts.origins import host_cfg
 from subquad.backbones.layers import DepthwiseConv, check_heads, in_turn
-from subquad.backbones.mixers import MixerBlock, find_mixer
+from subquad.backbones.mixers import find_mixer
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerPVT2"]
@@ -93,7 +94,7 @@ class MixerPVT2(Pyramid):
                 mixer=partial(make_mixer, num_heads=heads, resolution=(height, width)),
                 mlp=DepthwiseMlp,
                 mlp_ratio=mlp_ratios[i],
-                eps=1e-6,
+                norm=partial(nn.LayerNorm, eps=1e-6),
             )
             blocks = [*[block] * (depth - 1), partial(block, out_norm=True)]
             downsample = OverlapDownsample if i else None

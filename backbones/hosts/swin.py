@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.origins import host_cfg
+from subquad.backbones.hosts.blocks import MixerBlock, crop, from_windows, to_windows
+from subquad.backbones.hosts.origins import host_cfg, slab_cfg
 from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
-from subquad.backbones.mixers import MixerBlock, crop, find_mixer, from_windows, to_windows
+from subquad.backbones.mixers import find_mixer
+from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerSwin"]
@@ -39,6 +41,7 @@ class MixerSwin(Pyramid):
         window_size: side of the windows of softmax attention.
         patch_size: of the stem.
         mlp_ratio: hidden size of the MLP over the channels.
+        norm, norm_steps: of every norm, see ``prepbn.find_norm``.
         in_chans, device, dtype, pyramid: arguments of ``Pyramid``.
 
     Raises:
@@ -62,6 +65,8 @@ class MixerSwin(Pyramid):
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
         mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
+        norm: str = "layer",
+        norm_steps: int = 60000,
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
@@ -73,7 +78,7 @@ class MixerSwin(Pyramid):
             raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
         if len(mixer_options) < len(depths):
             raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
-        make_mixer = find_mixer(mixer)
+        make_mixer, make_norm = find_mixer(mixer), find_norm(norm, 1e-5, norm_steps)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
             height, width = (max(1, side // (patch_size * 2**i)) for side in to_2tuple(img_size))
@@ -83,25 +88,24 @@ class MixerSwin(Pyramid):
                 MixerBlock,
                 mixer=partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=(side, side)),
                 mlp_ratio=mlp_ratio,
-                eps=1e-5,
+                norm=make_norm,
                 window=0 if height == width else side,
             )
             window = min(window_size, side)
             # The parity of a block's index counts all blocks of the stage; windows as large as the map are not shifted.
             shifts = [window // 2 if j % 2 and side > window_size else 0 for j in range(depth)]
-            softmax = partial(MixerBlock, mlp_ratio=mlp_ratio, eps=1e-5)
+            softmax = partial(MixerBlock, mlp_ratio=mlp_ratio, norm=make_norm)
             blocks: list[Callable[..., nn.Module]] = [
                 linear
                 if j < mixer_blocks[i]
                 else partial(softmax, mixer=partial(WindowMixer, num_heads=heads, window=window, shift=shift))
                 for j, shift in enumerate(shifts)
             ]
-            stages.append(
-                StageSpec(dim, depth, patch_size * 2**i, block=in_turn(blocks), downsample=PatchMerging if i else None)
-            )
+            downsample = partial(PatchMerging, norm=make_norm) if i else None
+            stages.append(StageSpec(dim, depth, patch_size * 2**i, block=in_turn(blocks), downsample=downsample))
         dd = {"device": device, "dtype": dtype}
-        stem = PatchEmbed(in_chans, embed_dim, patch_size, **dd)
-        super().__init__(stem, stages, norm=nn.LayerNorm, in_chans=in_chans, **dd, **pyramid)
+        stem = PatchEmbed(in_chans, embed_dim, patch_size, make_norm, **dd)
+        super().__init__(stem, stages, norm=make_norm, in_chans=in_chans, **dd, **pyramid)
 
     def no_weight_decay(self) -> set[str]:
         """The tables of relative positions."""
@@ -178,7 +182,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     expected = model.state_dict()
     state = weights.rename(weights.unwrap(state_dict), _NAMES)
     state = {_of_window(name, expected): value for name, value in state.items()}
-    state = mixers.fit_mixers(state, expected)
+    state = fit_norms(mixers.fit_mixers(state, expected), expected)
     for name, value in state.items():
         if name.endswith("relative_position_bias_table") and name in expected and value.shape != expected[name].shape:
             side = (int(expected[name].shape[0] ** 0.5) + 1) // 2
@@ -194,6 +198,10 @@ def _of_window(name: str, expected: Mapping[str, Tensor]) -> str:
 
 def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
     return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_swin_{size}.pth", **kwargs)
+
+
+def _slab(file: str) -> dict[str, Any]:
+    return slab_cfg(file, first_conv="stem.proj")
 
 
 _384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
@@ -219,6 +227,10 @@ default_cfgs = generate_default_cfgs(
         "polaformer_swin_small.in1k": _cfg("polaformer"),
         "polaformer_swin_base.in1k": _cfg("polaformer"),
         "polaformer_swin_base_384.untrained": _cfg("polaformer", **_384),
+        "prepbn_swin_tiny.in1k": _slab("swin_tiny_prepbn"),
+        "slab_swin_tiny.in1k": _slab("slab_swin_tiny"),
+        "slab_swin_small.in1k": _slab("slab_swin_small"),
+        "slab_swin_base.untrained": _cfg("slab"),
         "test_flatten_swin.untrained": _cfg("flatten", **_TEST),
     }
 )
@@ -247,6 +259,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inline_swin_small": {"mixer": "inline", "mixer_blocks": _HALF, **_SMALL},
     "inline_swin_base": {"mixer": "inline", "mixer_blocks": (2, 2, 2, 0), **_BASE},
     "inline_swin_base_384": {"mixer": "inline", "mixer_blocks": (2, 2, 2, 0), **_BASE_384},
+    "prepbn_swin_tiny": {
+        "mixer": "slab",
+        "mixer_blocks": (0, 0, 0, 0),
+        "norm": "repbn",
+        **_TINY,
+        "drop_path_rate": 0.1,
+    },
+    **{
+        f"slab_swin_{size}": {"mixer": "slab", "mixer_blocks": _HALF, "norm": "prepbn", **options}
+        for size, options in {"tiny": _TINY, "small": _SMALL, "base": _BASE}.items()
+    },
     "test_flatten_swin": {
         "mixer": "flatten",
         "mixer_blocks": (1, 1, 1, 1),

@@ -21,8 +21,17 @@ def _model(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name not in MIXERS:
         return timm.create_model(name, num_classes=4)
+    # SLAB comes with a norm of its own, which is a batch norm alone for the last steps.
+    options = {"norm": "prepbn", "norm_steps": STEPS * 4 // 5} if name == "slab" else {}
     return MixerPVT(
-        name, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=32, num_classes=4
+        name,
+        (1, 1, 1, 1),
+        (8, 16, 16, 24),
+        (1, 2, 2, 2),
+        mlp_ratios=(2, 2, 2, 2),
+        img_size=32,
+        num_classes=4,
+        **options,
     )
 
 

@@ -33,7 +33,7 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 assert all(x.isfinite().all() for x in maps)
 
 
-@pytest.mark.parametrize("mixer", ["flatten", "polaformer"])
+@pytest.mark.parametrize("mixer", ["flatten", "polaformer", "slab"])
 def test_weights_for_another_image_size(mixer: str) -> None:
     """Fine-tuning at a larger size starts from resampled tables: of positions and of relative positions in windows."""
     small = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN)
@@ -56,7 +56,9 @@ def test_class_token_at_any_size_and_unfit_mixers() -> None:
         for height, width in ((64, 64), (96, 40), (45, 101)):
             (taken,) = host.forward_intermediates(torch.randn(1, 3, height, width), indices=1, intermediates_only=True)
             assert taken.shape == (1, 16, -(-height // 8), -(-width // 8))
-    with pytest.raises(ValueError, match=r"mixer must be one of \['agent', 'inline'\], got 'flatten'"):
+    with pytest.raises(
+        ValueError, match=r"mixer must be one of \['agent', 'inline', 'softmax'\] with a class token, got"
+    ):
         MixerDeiT("flatten", 16, 2)
 
 

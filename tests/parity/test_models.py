@@ -35,11 +35,14 @@ def _split_norms(case: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return {name: value for name, value in state.items() if name not in norms}, norms
 
 
+_COUNTERS = (".num_batches_tracked", ".warm", ".iter", ".total_step")
+
+
 def _convert(model: nn.Module, state: dict[str, Tensor], absent: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Upstream's weights under our names; recorded states lack batch norms' counters and what ``absent`` starts."""
+    """Upstream's weights under our names; recorded states lack counters of batch norms and what ``absent`` starts."""
     converted = weights.filter_of(model)(state, model)
     own = model.state_dict()
-    left = {name for name in own if name.startswith(absent) or name.endswith(".num_batches_tracked")}
+    left = {name for name in own if name.startswith(absent) or name.endswith(_COUNTERS)}
     converted = {name: own[name] for name in left} | converted
     assert not (difference := weights.compare(converted, own)), str(difference)
     return converted
@@ -141,8 +144,10 @@ def test_gradients(case: Any, dtype: torch.dtype, assert_recorded: Callable[...,
 
     mine = {f"grad/{name}": leaf.grad for name, leaf in leaves.items()} | {"grad/input": image.grad}
     expected = {name for name in recorded if name.startswith("grad/")}
-    assert {name for name, grad in mine.items() if grad is not None} == expected
-    for key in sorted(expected):
+    unused = {f"grad/{name}" for name in case.sidecar.get("params_without_gradient", ())}
+    assert {name for name, grad in mine.items() if grad is not None} == expected - unused
+    assert not any(recorded[key].any() for key in expected & unused)
+    for key in sorted(expected - unused):
         assert_recorded(case, key, mine[key], recorded[key])
 
 

@@ -15,7 +15,7 @@ from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin
 
-_LETTERS = {"agent": "A", "flatten": "L", "inline": "I", "polaformer": "L"}
+_LETTERS = {"agent": "A", "flatten": "L", "inline": "I", "polaformer": "L", "slab": "L"}
 _NAMES_OF_SIZES = {
     "t": "tiny",
     "s": "small",
@@ -31,7 +31,7 @@ _SIZES = {"swin": _NAMES_OF_SIZES, "deit": _NAMES_OF_SIZES, "pvt": {**_NAMES_OF_
 
 def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
     """Blocks with the mixer in each stage; M is for the number of them that follows the letters."""
-    depths, kinds = constructor["depths"], constructor["attn_type"]
+    depths, kinds = constructor["depths"], constructor.get("attn_type", "S" * len(constructor["depths"]))
     mixed = int(kinds[len(depths) :] or 0)
     return [
         depth if kind == letter else mixed if kind == "M" else 0 for kind, depth in zip(kinds, depths, strict=False)
@@ -43,6 +43,12 @@ def _options(constructor: Mapping[str, Any]) -> list[dict[str, int]]:
     depths = constructor["depths"]
     agents = constructor.get("agent_num")
     return [{"agents": int(number)} for number in agents] if agents else [{} for _ in depths]
+
+
+def _norm(mixer: str, constructor: Mapping[str, Any]) -> str:
+    if mixer != "slab":
+        return "layer"
+    return "repbn" if constructor.get("norm_layer") == "RepBN" else "prepbn"
 
 
 def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
@@ -57,13 +63,14 @@ def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         if isinstance(constructor["img_size"], list)
         else constructor["img_size"],
         window_size=(7 if linear_window <= 56 else 12)
-        if mixer in ("flatten", "polaformer")
+        if mixer in ("flatten", "polaformer", "slab")
         else max(7, linear_window // 8),
         patch_size=constructor.get("patch_size", 4),
         mlp_ratio=constructor["mlp_ratio"],
         mixer_options=_options(constructor),
         num_classes=constructor.get("num_classes", 1000),
         drop_path_rate=constructor["drop_path_rate"],
+        norm=_norm(mixer, constructor),
     )
 
 
@@ -80,6 +87,7 @@ def _pvt(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         mixer_options=_options(constructor),
         img_size=constructor["img_size"],
         num_classes=constructor["num_classes"],
+        norm=_norm(mixer, constructor),
     )
 
 
@@ -110,8 +118,9 @@ def _agents_of_blocks(constructor: Mapping[str, Any]) -> list[int | None] | None
 
 
 def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    norm = _norm(mixer, constructor)
     return MixerDeiT(
-        mixer,
+        "softmax" if norm == "repbn" else mixer,
         constructor["embed_dim"],
         constructor["num_heads"],
         depth=constructor["depth"],
@@ -120,6 +129,8 @@ def _deit(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         patch_size=constructor.get("patch_size", 16),
         img_size=constructor.get("img_size", 224),
         num_classes=constructor.get("num_classes", 1000),
+        class_token=norm != "prepbn",
+        norm=norm,
     )
 
 
@@ -127,29 +138,33 @@ def _upstream_shapes(mixer: str, constructor: Mapping[str, Any]) -> dict[str, tu
     """Names and shapes of upstream's float entries, from those of our model."""
     state = _build(mixer, constructor).state_dict()
     pvt = "embed_dims" in constructor
+    names = _PVT_NAMES if pvt else _SWIN_NAMES
+    prefix_tokens = 1 if "prefix_tokens" in state else 0
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in state.items():
         prefix, _, leaf = name.rpartition(".attn.qkv.")
         if not value.is_floating_point():
             continue
         if not prefix:
-            shapes |= [_upstream(name, tuple(value.shape), _PVT_NAMES if pvt else _SWIN_NAMES)]
+            shapes |= [_upstream(name, tuple(value.shape), names, prefix_tokens)]
             continue
         gate = "g" if f"{prefix}.attn.power" in state else ""
         width = value.shape[0] // (4 if gate else 3)
         parts = {f"q{gate}": 2 if gate else 1, "kv": 2} if pvt else {f"qkv{gate}": 4 if gate else 3}
         for part, count in parts.items():
             shape = (count * width, *value.shape[1:])
-            shapes |= [_upstream(f"{prefix}.attn.{part}.{leaf}", shape, _PVT_NAMES if pvt else _SWIN_NAMES)]
+            shapes |= [_upstream(f"{prefix}.attn.{part}.{leaf}", shape, names, prefix_tokens)]
     return shapes
 
 
-def _upstream(name: str, shape: tuple[int, ...], names: list[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
+def _upstream(
+    name: str, shape: tuple[int, ...], names: list[tuple[str, str]], prefix_tokens: int
+) -> tuple[str, tuple[int, ...]]:
     for pattern, replacement in [*names, *_MIXER_NAMES]:
         name = re.sub(pattern, replacement, name)
     leaf = name.rpartition(".attn.")[2]
     if name == "pos_embed":
-        shape = (1, 1 + shape[1] * shape[2], shape[3])
+        shape = (1, prefix_tokens + shape[1] * shape[2], shape[3])
     elif leaf == "positional_encoding" or name.startswith("pos_embed"):
         shape = (1, shape[1] * shape[2], shape[3])
     elif leaf == "scale":
@@ -208,28 +223,28 @@ def _probes(model: nn.Module) -> dict[str, nn.Module]:
     return {f"out/block{i}": block for i, block in enumerate(model.blocks)} | {"out/norm": model.norm}
 
 
-def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespace:
-    manifests = {
-        f"{prefix}_{host}_{size}": f"{mixer}_{host}_{_SIZES[host].get(size, size)}"
-        for host, sizes in hosts.items()
-        for size in sizes.split()
-    }
+_CASES = r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)"
+
+
+def _system(mixer: str, manifests: Mapping[str, str], cases: str = _CASES) -> SimpleNamespace:
     return SimpleNamespace(
         __name__=mixer,
         MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
-        # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading.
+        # PVT's norm, in the files of some mixers, is never used; DeiT's class token takes its position in on loading,
+        # and that of SLAB is never used.
         SURPLUS={
             name: 2 * 512
             for name in manifests
             if re.search(r"_pvt_[tsmb]", name) and mixer in ("flatten", "polaformer")
         }
         | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384}
-        | {"agent_deit_t": 192, "agent_deit_s": 384, "agent_deit_s_448": 384, "agent_deit_b": 768},
+        | {"agent_deit_t": 192, "agent_deit_s": 384, "agent_deit_s_448": 384, "agent_deit_b": 768}
+        | {"slab_deit_t": 192, "slab_deit_s": 384, "deit_t_prepbn": 192, "deit_s_prepbn": 384},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
         OUTPUT_NORM=r"(?!)",  # no case of a detection backbone; norm1 to norm4 are PVT v2's own
         FLOAT32=True,
-        CASES=r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)",
+        CASES=cases,
         build_case=partial(_build_case, mixer),
         upstream_shapes=partial(_upstream_shapes, mixer),
         probes=_probes,
@@ -237,9 +252,26 @@ def _system(mixer: str, prefix: str, hosts: Mapping[str, str]) -> SimpleNamespac
     )
 
 
+def _manifests(mixer: str, pattern: str, hosts: Mapping[str, str]) -> dict[str, str]:
+    """Upstream's names, ``pattern`` with a host and a size, to ours."""
+    return {
+        pattern.format(host=host, size=size): f"{mixer}_{host}_{_SIZES[host].get(size, size)}"
+        for host, sizes in hosts.items()
+        for size in sizes.split()
+    }
+
+
+_SLAB = _manifests("slab", "slab_{host}_{size}", {"swin": "t s b", "pvt": "t s m", "deit": "t s"})
+_PREPBN = _manifests("prepbn", "{host}_{size}_prepbn", {"swin": "t", "pvt": "t s m", "deit": "t s"})
+_AGENT_HOSTS = {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b"}
+_FLATTEN_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}
+_INLINE_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}
+_POLA_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b"}
+
 SYSTEMS = {
-    "agent": _system("agent", "agent", {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b"}),
-    "flatten": _system("flatten", "flatten", {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}),
-    "inline": _system("inline", "inline", {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}),
-    "polaformer": _system("polaformer", "pola", {"swin": "t s b b_384", "pvt": "t s m b"}),
+    "agent": _system("agent", _manifests("agent", "agent_{host}_{size}", _AGENT_HOSTS)),
+    "flatten": _system("flatten", _manifests("flatten", "flatten_{host}_{size}", _FLATTEN_HOSTS)),
+    "inline": _system("inline", _manifests("inline", "inline_{host}_{size}", _INLINE_HOSTS)),
+    "polaformer": _system("polaformer", _manifests("polaformer", "pola_{host}_{size}", _POLA_HOSTS)),
+    "slab": _system("slab", _SLAB | _PREPBN, r"^(swin|pvt|deit|slab_deit)(?!.*cswin)"),
 }

@@ -1,0 +1,126 @@
+"""The blocks of the hosts, on maps and on tokens, and windows of maps."""
+
+# Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from subquad.backbones.base import Factory
+
+
+@register_notrace_function
+def to_windows(x: Tensor, side: int) -> Tensor:
+    """Maps (B, H, W, C), zeros added at the right and at the bottom, to windows (B * windows, side * side, C)."""
+    rows, columns = (x.shape[1] + side - 1) // side, (x.shape[2] + side - 1) // side
+    x = F.pad(x, (0, 0, 0, columns * side - x.shape[2], 0, rows * side - x.shape[1]))
+    x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)  # (B, rows, columns, i, j, C)
+    return x.flatten(3, 4).flatten(0, 2)
+
+
+@register_notrace_function
+def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
+    """The inverse of ``to_windows`` for maps (B, height, width, C)."""
+    rows, columns = (height + side - 1) // side, (width + side - 1) // side
+    batch = x.shape[0] // (rows * columns)
+    x = x.unflatten(0, (batch, rows, columns)).unflatten(3, (side, side)).transpose(2, 3)
+    return crop(x.flatten(3, 4).flatten(1, 2), height, width)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left of maps, as a copy: whether a view is contiguous would depend on sizes, and export fixes that."""
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+
+
+class MixerBlock(nn.Module):
+    """Pre-norm residual block on maps (B, H, W, dim): a mixer and an MLP.
+
+    Args:
+        dim: channels.
+        mixer: called as ``mixer(dim, device=, dtype=)``.
+        mlp_ratio: hidden size of the MLP over the channels.
+        norm: called as ``norm(dim, device=, dtype=)``.
+        window: side of the square windows that the mixer sees one by one, 0 for the whole map.
+        mlp: called as ``mlp(dim, hidden, device=, dtype=)``, on maps.
+        out_norm: a norm behind the block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Factory,
+        mlp_ratio: float,
+        norm: Factory,
+        window: int = 0,
+        mlp: Factory = Mlp,
+        out_norm: bool = False,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.window = window
+        self.norm1 = norm(dim, **dd)
+        self.attn = mixer(dim, **dd)
+        self.norm2 = norm(dim, **dd)
+        self.mlp = mlp(dim, int(dim * mlp_ratio), **dd)
+        self.out_norm = norm(dim, **dd) if out_norm else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        y = self.norm1(x)
+        if self.window > 0:
+            parts = self.attn(to_windows(y, self.window), [self.window, self.window])
+            y = from_windows(parts, self.window, height, width)
+        else:
+            y = self.attn(y.flatten(1, 2), [height, width]).unflatten(1, (height, width))
+        x = x + self.drop_path(y)
+        return self.out_norm(x + self.drop_path(self.mlp(self.norm2(x))))
+
+
+class TokenBlock(nn.Module):
+    """Pre-norm residual block on tokens (B, N, dim), prefix tokens in front: a mixer and an MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Factory,
+        mlp_ratio: float,
+        norm: Factory,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = norm(dim, **dd)
+        self.attn = mixer(dim, **dd)
+        self.norm2 = norm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), [height, width]))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SoftmaxAttention(nn.Module):
+    """DeiT's own mixer, called as the others are."""
+
+    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
+        o = F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.proj(o.transpose(1, 2).flatten(2))
