@@ -8,6 +8,7 @@ one.
 from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
+from subquad.ops.neighborhood_attention import na1d, na2d, na3d
 from subquad.ops.selective_scan import selective_scan
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "explain",
     "gated_linear_attention",
     "linear_attention",
+    "na1d",
+    "na2d",
+    "na3d",
     "selective_scan",
     "use_backend",
 ]

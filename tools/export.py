@@ -33,6 +33,7 @@ from subquad.backbones import weights
 from subquad.backbones.registry import check_model
 from subquad.ops.gated_linear_attention import export_form as gated_linear_attention_form
 from subquad.ops.linear_attention import export_form as linear_attention_form
+from subquad.ops.neighborhood_attention import export_form as neighborhood_attention_form
 from subquad.ops.selective_scan import export_form as selective_scan_form
 
 with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
@@ -44,6 +45,7 @@ TOLERANCE = 1e-4
 EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.subquad.gated_linear_attention.default: gated_linear_attention_form.export_form,
     torch.ops.subquad.linear_attention.default: linear_attention_form.export_form,
+    torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,
     torch.ops.subquad.selective_scan.default: selective_scan_form.export_form,
 }
 """For every operator of this library the form in standard operators that ``run_decompositions`` puts in its place."""

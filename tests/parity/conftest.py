@@ -163,9 +163,13 @@ class Case:
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Weights under upstream's names: stored ones, or values of the fill rule for its float entries."""
+        """Weights under upstream's names: stored ones, or values of the fill rule for its float entries.
+
+        Some cases store the norms of the detection backbone apart from the classification model's weights.
+        """
         if self.sidecar["weights"] == "stored":
-            return group(self.tensors(), "state")
+            tensors = self.tensors()
+            return group(tensors, "state") | group(tensors, "det")
         keep = self.sidecar.get("fill_keep", [])
         state = {}
         for name, shape in self._upstream_shapes().items():
@@ -179,7 +183,7 @@ class Case:
         return state
 
     def _upstream_shapes(self) -> dict[str, tuple[int, ...]]:
-        names = (self.sidecar.get("variant", ""), self.sidecar["case"].removesuffix("_fill"))
+        names = (self.sidecar.get("variant", ""), self.sidecar["case"].removeprefix("fill_").removesuffix("_fill"))
         for manifest in manifests():
             if manifest.name in names and not manifest.kind:
                 return {name: shape for name, (shape, dtype) in manifest.entries.items() if dtype == "float32"}
@@ -195,6 +199,8 @@ class Case:
         floors = self.sidecar["noise_floor"]
         output = key.removeprefix("out/")
         names = [key, output, output.partition("/")[0], "/".join(key.split("/")[:2])]  # a summary, or its map's
+        if output.startswith("det"):
+            names.append(f"out/stage{output[3:]}")  # what the norm is taken of
         if key.startswith("grad/"):
             names += [key.replace("/", "_"), "grad (largest over all tensors)", "grad_params_max"]
         for name in names:

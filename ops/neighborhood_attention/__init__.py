@@ -1,0 +1,385 @@
+"""Neighborhood attention: the contract.
+
+Every query of a map with one to three axes attends to a window of keys around it. An axis of length L falls into d
+dilation groups: position i is token p = i // d of group g = i mod d, which has n = ceil((L - g) / d) tokens. A query
+sees K tokens of its own group, a, .., a + K - 1, with a stride s that makes s neighbours share one window:
+
+    not causal    leader c = min(s (p // s) + s // 2, n - 1),    a = clamp(c - K // 2, 0, n - K)
+    causal        leader c = min(s (p // s) + s - 1, n - 1),     a = max(c - K + 1, 0),  and no token behind p
+
+So a window at a border is shifted inwards, never cut nor padded; an even K looks one further to the left. The window of
+a map is the product of those of its axes, and for query i and its keys j, at relative positions r
+
+    logit_ij = scale <q_i, k_j> + rpb[head, r]        r = p_j - p_i + K - 1 on each axis (key minus query)
+    o_i = sum_j softmax_j(logit_i)_j v_j              lse_i = log sum_j exp(logit_ij)
+
+``additional_keys`` and ``additional_values`` are further tokens in the softmax of every query, without a bias.
+Exact special cases: K = L is full attention, K d = L attention over a grid, s = K with L mod K = 0 window attention.
+
+Sources: arXiv 2204.07143 (neighborhood attention), 2209.15001 (dilation), 2504.16922 (stride); the semantics, those of
+NATTEN, extended by a bias for even K, strides and causality.
+
+Layout is (B, *S, heads, channels), with any strides; k and v may have fewer heads (G, a divisor of H): query head h
+uses head h // (H / G). q, k, v and the additional tokens share one dtype: float32, bfloat16, float16 or float64;
+autocast casts them all. The bias has a dtype of its own. Logits, softmax, lse and sums are float32 (float64 with
+float64 inputs) and results are rounded once at the end. All tensors are differentiable, and both results. Beside its
+inputs and results the op keeps nothing for the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.ops import _checks, _dispatch, _library
+from subquad.ops.neighborhood_attention import reference
+from subquad.ops.neighborhood_attention.call import NeighborhoodCall
+
+__all__ = ["NeighborhoodCall", "na1d", "na2d", "na3d"]
+
+_OP = "neighborhood_attention"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def na1d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention of sequences; see ``na2d``, with one axis L in place of H, W."""
+    call = prepare(
+        1,
+        q,
+        k,
+        v,
+        kernel_size,
+        dilation,
+        stride,
+        is_causal,
+        rpb=rpb,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )
+    return _attend(call, return_lse)
+
+
+def na2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention of maps; see the module's docstring for the formula.
+
+    Args:
+        q: (B, H, W, heads, D).
+        k: (B, H, W, G, D) with G dividing the heads.
+        v: (B, H, W, G, E).
+        kernel_size: K, odd or even, one number or one an axis; K times the dilation is at most the axis.
+        dilation: d, likewise.
+        stride: s, likewise, at most K.
+        is_causal: whether keys behind the query are hidden, likewise.
+        rpb: relative positional bias (heads, 2 K_0 - 1, 2 K_1 - 1).
+        scale: factor of the products, D^-0.5 by default.
+        additional_keys, additional_values: (B, M, G, D) and (B, M, G, E), both or none.
+        return_lse: also return the log of the softmax's sum.
+
+    Returns:
+        (B, H, W, heads, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous; with
+        ``return_lse`` also (B, H, W, heads) in float32 (float64).
+
+    Raises:
+        TypeError: for a non-tensor or a dtype that is not supported or not shared.
+        ValueError: for shapes, devices or options that do not fit, naming the argument and the axis.
+    """
+    call = prepare(
+        2,
+        q,
+        k,
+        v,
+        kernel_size,
+        dilation,
+        stride,
+        is_causal,
+        rpb=rpb,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )
+    return _attend(call, return_lse)
+
+
+def na3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention of volumes; see ``na2d``, with three axes T, H, W."""
+    call = prepare(
+        3,
+        q,
+        k,
+        v,
+        kernel_size,
+        dilation,
+        stride,
+        is_causal,
+        rpb=rpb,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )
+    return _attend(call, return_lse)
+
+
+def _attend(call: NeighborhoodCall, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if _dispatch.requested() == "reference":
+        # Outside the operator, so that autograd differentiates the formula itself.
+        o, lse = reference.attend(call)
+    else:
+        o, lse = torch.ops.subquad.neighborhood_attention(*call)
+    return (o, lse) if return_lse else o
+
+
+# Arguments -------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    axes: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> NeighborhoodCall:
+    """Check the public arguments of ``na<axes>d`` and make them canonical; ``return_lse`` has no part in it."""
+    op = f"na{axes}d"
+    given = {"q": q, "k": k, "v": v, "rpb": rpb}
+    given |= {"additional_keys": additional_keys, "additional_values": additional_values}
+    for name, value in given.items():
+        if value is not None or len(name) == 1:
+            _checks.check_tensor(op, name, value)
+    _check_shapes(op, axes, q, k, v, additional_keys, additional_values)
+    kernels = _per_axis(op, "kernel_size", kernel_size, axes)
+    dilations = _per_axis(op, "dilation", dilation, axes)
+    strides = _per_axis(op, "stride", stride, axes)
+    causal = [is_causal] * axes if isinstance(is_causal, bool) else list(is_causal)
+    if len(causal) != axes or not all(isinstance(entry, bool) for entry in causal):
+        raise ValueError(f"{op}: is_causal must be a bool or {axes} of them, got {is_causal!r}")
+    _check_windows(op, q.shape[1:-2], kernels, dilations, strides)
+    if rpb is not None:
+        expected = (q.shape[-2], *(2 * size - 1 for size in kernels))
+        _checks.check_shape(op, "rpb", rpb, "(heads, 2 K - 1 an axis)", expected)
+        _checks.check_dtype(op, "rpb", rpb, _DTYPES)
+        _checks.check_device(op, "rpb", rpb, q.device)
+
+    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
+    activations: list[Any] = [q, k, v, additional_keys, additional_values]
+    for name, value in zip(("q", "k", "v", "additional_keys", "additional_values"), activations, strict=True):
+        if value is not None:
+            _checks.check_dtype(op, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
+            _checks.check_device(op, name, value, q.device)
+    if autocast is not None:
+        activations = [None if value is None else value.to(autocast) for value in activations]
+    q, k, v, additional_keys, additional_values = activations
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return NeighborhoodCall(
+        q, k, v, rpb, additional_keys, additional_values, kernels, dilations, strides, causal, factor
+    )
+
+
+def _check_shapes(
+    op: str,
+    axes: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> None:
+    names = ", ".join(("L",) if axes == 1 else ("T", "H", "W")[3 - axes :])
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if value.dim() != axes + 3:
+            raise ValueError(f"{op}: {name} must be (B, {names}, heads, channels), got shape {tuple(value.shape)}")
+        if 0 in value.shape[1:]:
+            raise ValueError(f"{op}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
+    shared, channels = k.shape[-2], v.shape[-1]
+    _checks.check_shape(op, "k", k, f"(B, {names}, G, D)", (*q.shape[:-2], shared, q.shape[-1]))
+    _checks.check_shape(op, "v", v, f"(B, {names}, G, E)", (*q.shape[:-2], shared, channels))
+    if q.shape[-2] % shared:
+        raise ValueError(f"{op}: the heads of k and v must divide those of q, got {shared} and {q.shape[-2]}")
+    if (additional_keys is None) != (additional_values is None):
+        raise ValueError(f"{op}: additional_keys and additional_values go together, got only one of them")
+    if additional_keys is not None and additional_values is not None:
+        tokens = additional_keys.shape[1] if additional_keys.dim() == 4 else 1
+        expected = (q.shape[0], tokens, shared)
+        _checks.check_shape(op, "additional_keys", additional_keys, "(B, M, G, D)", (*expected, q.shape[-1]))
+        _checks.check_shape(op, "additional_values", additional_values, "(B, M, G, E)", (*expected, channels))
+
+
+def _per_axis(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
+    values = [value] * axes if isinstance(value, int) else list(value)
+    if len(values) != axes or not all(isinstance(entry, int) and entry >= 1 for entry in values):
+        raise ValueError(f"{op}: {name} must be a positive integer or {axes} of them, got {value!r}")
+    return values
+
+
+def _check_windows(
+    op: str, size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
+) -> None:
+    for axis, (length, kernel, spread, step) in enumerate(zip(size, kernel_size, dilation, stride, strict=True)):
+        if kernel * spread > length:
+            raise ValueError(
+                f"{op}: on axis {axis} kernel_size * dilation must be at most the map's {length}, "
+                f"got {kernel} * {spread} = {kernel * spread}"
+            )
+        if step > kernel:
+            raise ValueError(f"{op}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
+
+
+# The operator ----------------------------------------------------------------------------------------------------
+
+_CALL_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values, "
+    "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal, float scale"
+)
+"""The fields of NeighborhoodCall, in order."""
+
+
+def _implementation(call: NeighborhoodCall) -> Any:
+    op = f"na{len(call.size)}d"
+    implementation = _dispatch.choose(op, call)
+    if implementation is reference:
+        raise ValueError(
+            f"{op}: the reference is not an operator: it runs and is differentiated through subquad.ops.{op}, "
+            "so not in scripted models nor for the gradients of what another implementation computed"
+        )
+    return implementation
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    call = NeighborhoodCall(*args)
+    return _implementation(call).forward(call)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = NeighborhoodCall(*args)
+    o = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
+    return o, call.q.new_empty(call.q.shape[:-1], dtype=call.working)
+
+
+def _backward(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = NeighborhoodCall(*args)
+    grads = _implementation(call).backward(call, grad_o, grad_lse, o, lse)
+    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = NeighborhoodCall(*args)
+    return tuple(call.q.new_empty(0) if value is None else value.new_empty(value.shape) for value in call[:6])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _autograd(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = torch.ops.subquad.neighborhood_attention_backward(grad_o, grad_lse, *saved, *ctx.options)
+    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[2:], strict=True)]
+    return (*by_input, None, None, None, None, None)
+
+
+def _products(call: Any) -> tuple[int, int, int]:
+    """Pairs of queries and keys over all images and heads, D, and E, from a call of shapes."""
+    extra = 0 if call.additional_keys is None else call.additional_keys[1]
+    return math.prod(call.q[:-1]) * (math.prod(call.kernel_size) + extra), call.q[-1], call.v[-1]
+
+
+def _flops(*args: Any, out_shape: Any = None) -> int:
+    """Two operations a product and sum: q k^T and P v."""
+    pairs, dim, values = _products(NeighborhoodCall(*args))
+    return 2 * pairs * (dim + values)
+
+
+def _backward_flops(grad_o: Any, grad_lse: Any, o: Any, lse: Any, *args: Any, out_shape: Any = None) -> int:
+    """The logits again, dP, dq, dk and dv."""
+    pairs, dim, values = _products(NeighborhoodCall(*args))
+    return 2 * pairs * (3 * dim + 2 * values)
+
+
+_library.define(
+    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
+).register_autograd(_autograd, setup_context=_setup_context)
+_library.define(
+    f"{_OP}_backward",
+    _backward,
+    schema=f"(Tensor grad_o, Tensor grad_lse, Tensor o, Tensor lse, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+# Implementations -------------------------------------------------------------------------------------------------
+
+
+def _load_torch() -> Any:
+    from subquad.ops.neighborhood_attention import torch_impl
+
+    return torch_impl
+
+
+for _axes in (1, 2, 3):
+    _dispatch.register(
+        f"na{_axes}d",
+        partial(prepare, _axes),
+        (
+            _dispatch.Implementation("triton", lambda call: "there are no Triton kernels of it yet", lambda: None),
+            _dispatch.Implementation("torch", lambda call: None, _load_torch),
+            _dispatch.Implementation("reference", lambda call: None, lambda: reference),
+        ),
+    )

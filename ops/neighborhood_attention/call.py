@@ -1,0 +1,56 @@
+"""The canonical call of neighborhood attention: what the public functions hand to every implementation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NeighborhoodCall(NamedTuple):
+    """Checked arguments in canonical form; see ``subquad.ops.neighborhood_attention`` for their meaning.
+
+    Attributes:
+        q: (B, *S, H, D) with one to three axes S.
+        k: (B, *S, G, D) with G dividing H.
+        v: (B, *S, G, E).
+        rpb: (H, 2 K - 1 for each axis), or None.
+        additional_keys: (B, M, G, D), or None.
+        additional_values: (B, M, G, E), or None.
+        kernel_size, dilation, stride, is_causal: one entry an axis.
+        scale: what products of queries and keys are multiplied by.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rpb: Tensor | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    kernel_size: Sequence[int]
+    dilation: Sequence[int]
+    stride: Sequence[int]
+    is_causal: Sequence[bool]
+    scale: float
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The map's axes."""
+        return tuple(self.q.shape[1:-2])
+
+    @property
+    def keys(self) -> int:
+        """Keys of a query at most: its window and the additional ones."""
+        return math.prod(self.kernel_size) + (0 if self.additional_keys is None else self.additional_keys.shape[1])
+
+    @property
+    def working(self) -> torch.dtype:
+        """Dtype of logits, softmax and sums."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+Gradients = tuple[Tensor | None, ...]
+"""Of q, k, v, rpb, additional_keys and additional_values, in this order; None for an absent argument."""

@@ -1,0 +1,436 @@
+"""Neighborhood attention: the PyTorch path and the operator against the formula; recorded cases are in tests/parity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
+
+from subquad import ops
+from subquad.ops import na1d, na2d, na3d
+from subquad.ops.neighborhood_attention import prepare, torch_impl
+from subquad.ops.neighborhood_attention.export_form import export_form
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+Arguments = dict[str, Any]
+OPERATOR = torch.ops.subquad.neighborhood_attention.default
+BACKWARD = torch.ops.subquad.neighborhood_attention_backward.default
+OPS = {1: na1d, 2: na2d, 3: na3d}
+
+EXACT = 1e-12
+"""Of the largest value (at least 1): in float64 only the order of operations differs."""
+
+FLOAT32 = 2e-6
+"""Likewise; the formula itself in float32 is off by up to 6e-7."""
+
+HALF = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+"""Relative L2 error of 16-bit results: inputs are exact in 16 bits, the output, also a part of gradients, is not."""
+
+
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _inputs(
+    *size: int,
+    kernel_size: Any = 3,
+    batch: int = 2,
+    heads: int = 2,
+    shared: int | None = None,
+    dim: int = 4,
+    values: int | None = None,
+    bias: bool = True,
+    additional: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Arguments:
+    """Arguments for a map of ``size``; the bias stays in float32 with 16-bit activations."""
+    size = size or (7, 9)
+    shared, values = shared or heads, values or dim
+    arguments: Arguments = {
+        "q": _normal(1, batch, *size, heads, dim),
+        "k": _normal(2, batch, *size, shared, dim),
+        "v": _normal(3, batch, *size, shared, values),
+    }
+    if additional:
+        arguments["additional_keys"] = _normal(4, batch, additional, shared, dim)
+        arguments["additional_values"] = _normal(5, batch, additional, shared, values)
+    arguments = {name: value.to(dtype) for name, value in arguments.items()}
+    if bias:
+        kernels = [kernel_size] * len(size) if isinstance(kernel_size, int) else kernel_size
+        table = _normal(6, heads, *(2 * kernel - 1 for kernel in kernels))
+        arguments["rpb"] = table.to(torch.promote_types(dtype, torch.float32))
+    return arguments | {"kernel_size": kernel_size} | options
+
+
+def _attend(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    o, lse = OPS[arguments["q"].dim() - 3](**arguments, return_lse=True)
+    return o, lse
+
+
+def _run(arguments: Arguments, backend: str = "torch") -> dict[str, Tensor]:
+    """Output, lse and, by name, the gradient of every tensor; cotangents depend on shapes only."""
+    leaves = {name: value.detach().requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
+    with ops.use_backend(backend):
+        outputs = _attend(arguments | leaves)
+        cotangents = [_normal(7 + i, *out.shape).to(out.dtype) for i, out in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, tuple(leaves.values()), cotangents)
+    return {"o": outputs[0].detach(), "lse": outputs[1].detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def _double(arguments: Arguments) -> Arguments:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _prepare(arguments: Arguments) -> Any:
+    return prepare(arguments["q"].dim() - 3, **arguments)
+
+
+def _assert_close(mine: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        error, size = (mine[name].double() - value.double()).abs().max(), max(value.abs().max(), 1)
+        assert error <= tolerance * size, f"{name}: off by {error:.3g} of {size:.3g}"
+
+
+# Sizes of several tiles an axis, with a ragged last one; what the recorded cases do not combine.
+CASES: dict[str, Arguments] = {
+    "map": _inputs(23, 19, kernel_size=(7, 5)),
+    "no_bias": _inputs(23, 19, bias=False),
+    "dilated": _inputs(31, 26, kernel_size=(3, 4), dilation=(3, 5)),
+    "stride": _inputs(23, 19, kernel_size=(6, 4), stride=(4, 3), bias=False),
+    "stride_dilated": _inputs(29, 40, kernel_size=(5, 4), stride=(5, 2), dilation=(2, 3)),
+    "causal": _inputs(23, 19, kernel_size=4, is_causal=(True, False), stride=(3, 1)),
+    "causal_both": _inputs(23, 19, kernel_size=3, is_causal=True, dilation=2, bias=False),
+    "shared_heads": _inputs(20, 9, heads=6, shared=2, values=3, additional=3),
+    "one_column": _inputs(20, 1, kernel_size=(5, 1)),
+    "one_pixel": _inputs(1, 1, kernel_size=1),
+    "one_channel": _inputs(9, 9, dim=1, heads=1),
+    "sequence": _inputs(200, kernel_size=9, additional=1),
+    "causal_sequence": _inputs(150, kernel_size=8, is_causal=True, dilation=2, stride=3),
+    "volume": _inputs(7, 9, 6, kernel_size=(3, 5, 2), dilation=(2, 1, 3), is_causal=(True, False, False)),
+    "scale": _inputs(9, 9, scale=0.0),
+}
+cases = pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
+
+
+@pytest.mark.parametrize("working_set", [None, 1], ids=["whole", "one image a time"])
+@cases
+def test_float64_equals_the_formula(
+    arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if working_set:
+        monkeypatch.setattr(torch_impl, "_WORKING_SET_CPU", working_set)
+    _assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
+
+
+@cases
+def test_float32_stays_within_rounding(arguments: Arguments) -> None:
+    narrow = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    _assert_close(_run(narrow), _run(_double(narrow), "reference"), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"additional": 2, "shared": 1}, {"dilation": 2}], ids=["", "shared", "dilated"]
+)
+def test_16_bit_inputs_lose_only_the_rounding_of_results(options: Arguments, dtype: torch.dtype) -> None:
+    arguments = _inputs(20, 17, dim=16, dtype=dtype, **options)
+    mine, expected = _run(arguments), _run(_double(arguments), "reference")
+    assert {name: value.dtype for name, value in mine.items() if value.dtype != dtype} == {
+        "lse": torch.float32,
+        "rpb": torch.float32,
+    }
+    for name, value in expected.items():
+        assert (mine[name].double() - value).norm() <= HALF[dtype] * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"additional": 2, "heads": 4, "shared": 2, "values": 3},
+        {"dilation": (2, 1), "is_causal": (False, True)},
+        {"kernel_size": (2, 3), "stride": (2, 3), "bias": False},
+    ],
+    ids=["bias", "shared heads", "dilated causal", "stride"],
+)
+def test_gradcheck(options: Arguments) -> None:
+    arguments = _inputs(6, 5, batch=1, dim=2, **options)
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    leaves = [arguments.pop(name).requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(lambda *xs: _attend(arguments | dict(zip(names, xs, strict=True))), leaves)
+
+
+def test_second_derivative_is_refused() -> None:
+    arguments = _inputs()
+    q = arguments["q"].requires_grad_()
+    (grad,) = torch.autograd.grad(_attend(arguments)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+# Exact special cases ---------------------------------------------------------------------------------------------
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own attention of tokens (B, N, heads, D)."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def test_window_that_covers_the_map_is_full_attention() -> None:
+    arguments = _inputs(7, 9, kernel_size=(7, 9), bias=False)
+    tensors = [arguments[name] for name in "qkv"]
+    expected = _dense(*(x.flatten(1, 2) for x in tensors)).unflatten(1, (7, 9))
+    torch.testing.assert_close(na2d(**arguments), expected, rtol=EXACT, atol=EXACT)
+    ((_, tile),) = torch_impl._parts(_prepare(arguments))
+    assert tile.key_size == (7, 9)
+
+
+def test_window_as_wide_as_its_group_is_grid_attention() -> None:
+    arguments = _inputs(6, 12, kernel_size=3, dilation=(2, 4), bias=False)
+    grids = [arguments[name].unflatten(2, (3, 4)).unflatten(1, (3, 2)) for name in "qkv"]  # (B, 3, 2, 3, 4, heads, D)
+    grids = [x.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 4).flatten(0, 2) for x in grids]
+    expected = _dense(*grids).unflatten(0, (2, 2, 4)).unflatten(3, (3, 3)).permute(0, 3, 1, 4, 2, 5, 6)
+    torch.testing.assert_close(na2d(**arguments), expected.flatten(3, 4).flatten(1, 2), rtol=EXACT, atol=EXACT)
+
+
+def test_stride_of_the_kernel_is_window_attention_without_waste() -> None:
+    arguments = _inputs(14, 21, kernel_size=7, stride=7, bias=False)
+    windows = [arguments[name].unflatten(2, (3, 7)).unflatten(1, (2, 7)).transpose(2, 3) for name in "qkv"]
+    expected = _dense(*(x.flatten(3, 4).flatten(0, 2) for x in windows)).unflatten(0, (2, 2, 3)).unflatten(3, (7, 7))
+    torch.testing.assert_close(
+        na2d(**arguments), expected.transpose(2, 3).flatten(3, 4).flatten(1, 2), rtol=EXACT, atol=EXACT
+    )
+    assert {tile.key_size for _, tile in torch_impl._parts(_prepare(arguments))} == {(7, 7)}
+
+
+def test_no_copy_grows_with_the_map() -> None:
+    """Keys of a tile: at most twice the kernel and a tile's own width, on a map of 200 x 336."""
+    call = _prepare(_inputs(200, 336, batch=1, kernel_size=7, bias=False, dim=1, heads=1))
+    tiles = [tile for _, tile in torch_impl._parts(call)]
+    assert max(math.prod(tile.key_size) for tile in tiles) <= 15**2
+    assert len({tile.pattern for tile in tiles}) <= 5**2
+
+
+# Strides, sizes, dtypes ------------------------------------------------------------------------------------------
+
+
+def test_any_strides() -> None:
+    arguments = _inputs(9, 11, additional=2)
+    strided = dict(arguments)
+    for name in ("q", "k", "v", "rpb", "additional_keys"):
+        value = arguments[name]
+        strided[name] = torch.stack([value, value.new_full(value.shape, torch.nan)], dim=-1)[..., 0]
+    strided["k"] = arguments["k"].permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    _assert_close(_run(strided), _run(arguments), EXACT)
+
+
+def test_empty_batch() -> None:
+    mine = _run(_inputs(5, 6, batch=0, additional=1))
+    assert mine["o"].shape == (0, 5, 6, 2, 4)
+    assert mine["lse"].shape == (0, 5, 6, 2)
+    assert not mine["rpb"].any()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_decides_the_dtype(dtype: torch.dtype) -> None:
+    arguments = _inputs(dtype=torch.float32, additional=1) | {"v": _normal(3, 2, 7, 9, 2, 4).to(dtype)}
+    with torch.autocast("cpu", dtype):
+        o = na2d(**arguments)
+        assert na2d(**_inputs()).dtype == torch.float64
+    rounded = {
+        name: value.to(dtype) if isinstance(value, Tensor) and name != "rpb" else value
+        for name, value in arguments.items()
+    }
+    assert o.dtype == dtype
+    assert torch.equal(o, na2d(**rounded))
+
+
+def test_keeps_inputs_and_results_only() -> None:
+    arguments = _inputs(20, 20)
+    saved: list[Tensor] = []
+    leaves = {name: arguments[name].requires_grad_() for name in ("q", "k", "v", "rpb")}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        o, lse = _attend(arguments)
+    given = {value.data_ptr() for value in leaves.values()}
+    assert sum(value.numel() for value in saved if value.data_ptr() not in given) <= o.numel() + lse.numel()
+
+
+# The operator ----------------------------------------------------------------------------------------------------
+
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False, "dilation": 2, "is_causal": (True, False)}, {"additional": 2, "shared": 1, "values": 3}],
+    ids=["bias", "causal", "additional"],
+)
+
+
+@OPTIONS
+def test_opcheck(options: Arguments) -> None:
+    arguments = _inputs(6, 7, batch=1, **options)
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            value.requires_grad_()
+    call = _prepare(arguments)
+    torch.library.opcheck(OPERATOR, tuple(call))
+    call = call._replace(**{name: value.detach() for name, value in call._asdict().items() if torch.is_tensor(value)})
+    o, lse = OPERATOR(*call)
+    torch.library.opcheck(BACKWARD, (torch.ones_like(o), torch.ones_like(lse), o, lse, *call))
+
+
+@OPTIONS
+def test_fake_and_meta_tensors_have_the_real_shapes(options: Arguments) -> None:
+    call = _prepare(_inputs(**options, dtype=torch.bfloat16))
+    real = OPERATOR(*call)
+    with FakeTensorMode() as mode:
+        fake = OPERATOR(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in call))
+    meta = OPERATOR(*(value.to("meta") if torch.is_tensor(value) else value for value in call))
+    for expected, first, second in zip(real, fake, meta, strict=True):
+        assert (first.shape, first.dtype, first.stride()) == (expected.shape, expected.dtype, expected.stride())
+        assert (second.shape, second.dtype, second.is_meta) == (expected.shape, expected.dtype, True)
+
+
+def test_compiles_in_one_graph_for_every_size() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(_run_plain, fullgraph=True, backend="aot_eager", dynamic=True)
+    for trial, size in enumerate(((6, 7), (9, 15), (12, 8))):
+        arguments = _inputs(*size)
+        leaves = {name: arguments[name].requires_grad_() for name in ("q", "k", "v", "rpb")}
+        with torch._dynamo.config.patch(error_on_recompile=trial > 0):
+            mine = compiled(leaves)
+        expected = _run_plain(leaves)
+        grads = [torch.autograd.grad(out.sum(), list(leaves.values())) for out in (mine, expected)]
+        for one, other in zip((mine, *grads[0]), (expected, *grads[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def _run_plain(tensors: dict[str, Tensor]) -> Tensor:
+    o = na2d(**tensors, kernel_size=3, dilation=2)
+    assert isinstance(o, Tensor)
+    return o.sin()
+
+
+def test_flop_counts() -> None:
+    arguments = _inputs(7, 9, kernel_size=(3, 5), values=6, additional=2, heads=4, shared=2)
+    for name in ("q", "k", "v"):
+        arguments[name].requires_grad_()
+    with FlopCounterMode(display=False) as forward:
+        o, _ = _attend(arguments)
+    with FlopCounterMode(display=False) as backward:
+        o.sum().backward()
+    # 15 keys of the window and 2 more for each of 63 queries in 4 heads of 2 images
+    pairs = 2 * 63 * 4 * (15 + 2)
+    assert forward.get_total_flops() == 2 * pairs * (4 + 6)
+    assert backward.get_total_flops() == 2 * pairs * (3 * 4 + 2 * 6)
+
+
+@pytest.mark.parametrize("size", [(7,), (7, 9), (5, 4, 6)], ids=str)
+def test_explain_and_the_reference(size: tuple[int, ...]) -> None:
+    arguments, attend = _inputs(*size), OPS[len(size)]
+    explanation = ops.explain(attend, **arguments, return_lse=True)
+    assert explanation.chosen == "torch"
+    assert "no Triton kernels" in explanation.passed_over["triton"]
+    o, _ = _attend(arguments | {"q": arguments["q"].requires_grad_()})
+    with ops.use_backend("reference"), pytest.raises(ValueError, match="the reference is not an operator"):
+        o.sum().backward()
+    with ops.use_backend("triton"), pytest.raises(ValueError, match=f"na{len(size)}d: no implementation.*no Triton"):
+        attend(**arguments)
+
+
+@OPTIONS
+def test_export_form_equals_the_operator(options: Arguments) -> None:
+    call = _prepare(_inputs(**options))
+    for mine, expected in zip(export_form(*call), OPERATOR(*call), strict=True):
+        assert mine.shape == expected.shape and mine.stride() == expected.stride()
+        torch.testing.assert_close(mine, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_exported_program_at_sizes_that_were_not_traced() -> None:
+    table = _inputs()["rpb"]
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return na2d(q, k, v, 3, 2, rpb=table)
+
+    def tensors(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+        arguments = _inputs(height, width, batch=batch)
+        return tuple(arguments[name] for name in ("q", "k", "v"))
+
+    axes = tuple({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO} for _ in "qkv")
+    program = torch.export.export(Attention(), tensors(2, 9, 12), dynamic_shapes=axes)
+    assert [node.target for node in program.graph.nodes].count(OPERATOR) == 1
+    decomposed = program.run_decompositions({OPERATOR: export_form})
+    assert not [node for node in decomposed.graph.nodes if "subquad" in str(node.target)]
+    for size in ((3, 6, 21), (1, 17, 8)):
+        expected = Attention()(*tensors(*size))
+        torch.testing.assert_close(decomposed.module()(*tensors(*size)), expected, rtol=EXACT, atol=EXACT)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+Change = Callable[[Arguments], Arguments]
+
+
+def _of(name: str, function: Callable[[Tensor], object]) -> Change:
+    return lambda arguments: {name: function(arguments[name])}
+
+
+# name: (what to change in good arguments, exception, fragments of the message)
+BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
+    "q_list": (_of("q", lambda q: q.tolist()), TypeError, ("q must be a tensor", "list")),
+    "bias_number": (lambda _: {"rpb": 1.0}, TypeError, ("rpb must be a tensor", "float")),
+    "q_rank": (_of("q", lambda q: q[0]), ValueError, ("q must be (B, H, W, heads, channels)", "(7, 9, 2, 4)")),
+    "k_map": (_of("k", lambda k: k[:, :6]), ValueError, ("k must have shape (B, H, W, G, D)", "(2, 6, 9, 2, 4)")),
+    "k_channels": (_of("k", lambda k: k[..., :2]), ValueError, ("k must have shape", "(2, 7, 9, 2, 2)")),
+    "v_heads": (_of("v", lambda v: v[..., :1, :]), ValueError, ("v must have shape (B, H, W, G, E)",)),
+    "heads": (
+        lambda a: {name: torch.cat([a[name], a[name][..., :1, :]], dim=-2) for name in ("k", "v")},
+        ValueError,
+        ("the heads of k and v must divide those of q", "3 and 2"),
+    ),
+    "no_columns": (_of("q", lambda q: q[:, :, :0]), ValueError, ("q must not be empty", "(2, 7, 0, 2, 4)")),
+    "dtype": (_of("q", Tensor.long), TypeError, ("q must be of dtype float32", "got int64")),
+    "mixed": (_of("v", Tensor.float), TypeError, ("v must be of dtype float64", "got float32")),
+    "device": (_of("k", lambda k: k.to("meta")), ValueError, ("k is on meta, expected cpu",)),
+    "one_additional": (lambda a: {"additional_keys": a["k"][:, 0]}, ValueError, ("go together",)),
+    "additional_shape": (
+        lambda a: {"additional_keys": a["k"][:, 0], "additional_values": a["v"][:, 0, :4]},
+        ValueError,
+        ("additional_values must have shape (B, M, G, E) = (2, 9, 2, 4)", "(2, 4, 2, 4)"),
+    ),
+    "bias_shape": (
+        lambda a: {"rpb": a["rpb"][..., :3]},
+        ValueError,
+        ("rpb must have shape (heads, 2 K - 1 an axis) = (2, 5, 5)", "(2, 5, 3)"),
+    ),
+    "kernel_0": (lambda _: {"kernel_size": 0}, ValueError, ("kernel_size must be a positive integer", "got 0")),
+    "kernel_axes": (lambda _: {"kernel_size": (3, 3, 3)}, ValueError, ("kernel_size", "or 2 of them", "(3, 3, 3)")),
+    "dilation": (lambda _: {"dilation": (1, -2)}, ValueError, ("dilation must be a positive", "(1, -2)")),
+    "window": (
+        lambda _: {"kernel_size": 3, "dilation": (2, 4)},
+        ValueError,
+        ("on axis 1 kernel_size * dilation must be at most the map's 9, got 3 * 4 = 12",),
+    ),
+    "stride": (lambda _: {"stride": (1, 4)}, ValueError, ("on axis 1 stride must be at most kernel_size 3, got 4",)),
+    "causal": (lambda _: {"is_causal": (True,)}, ValueError, ("is_causal must be a bool or 2 of them", "(True,)")),
+}
+
+
+@pytest.mark.parametrize(("change", "exception", "fragments"), BAD.values(), ids=BAD.keys())
+def test_bad_input(change: Change, exception: type[Exception], fragments: tuple[str, ...]) -> None:
+    arguments = _inputs(7, 9)
+    with pytest.raises(exception) as error:
+        na2d(**(arguments | change(arguments)))
+    message = str(error.value)
+    assert message.startswith("na2d: ")
+    assert all(fragment in message for fragment in fragments), message
