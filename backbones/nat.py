@@ -1,4 +1,4 @@
-"""NAT (arXiv 2204.07143): attention of every token to the window around it.
+"""NAT (arXiv 2204.07143): attention of every token to the window around it; DiNAT (2209.15001) dilates every other one.
 
 Official code and weights: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer.
 """
@@ -160,7 +160,7 @@ class Downsample(nn.Module):
 
 
 class NAT(Pyramid):
-    """NAT; the channels double from stage to stage.
+    """NAT and, with dilations, DiNAT; the channels double from stage to stage.
 
     Args:
         depths: blocks of each stage.
@@ -252,13 +252,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return weights.rename(weights.unwrap(state_dict), _NAMES)
 
 
-_RELEASES = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
+_RELEASES = "https://shi-labs.com/projects/"
 
 
 def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     return (
         dict(
-            **({"url": _RELEASES + file, "custom_load": True} if file else {}),
+            **({"url": f"{_RELEASES}nat/checkpoints/CLS/{file}", "custom_load": True} if file else {}),
             num_classes=1000,
             input_size=(3, 224, 224),
             pool_size=(7, 7),
@@ -275,24 +275,57 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     )
 
 
+def _dilated_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        url=f"{_RELEASES}dinat/checkpoints/imagenet1k/{file}",
+        custom_load=True,
+        paper_name="Dilated Neighborhood Attention Transformer",
+        paper_ids="arXiv:2209.15001",
+        **kwargs,
+    )
+
+
+_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+
 default_cfgs = generate_default_cfgs(
     {
         "nat_mini.in1k": _cfg("nat_mini.pth"),
         "nat_tiny.in1k": _cfg("nat_tiny.pth"),
         "nat_small.in1k": _cfg("nat_small.pth"),
         "nat_base.in1k": _cfg("nat_base.pth"),
+        "dinat_mini.in1k": _dilated_cfg("dinat_mini_in1k_224.pth"),
+        "dinat_tiny.in1k": _dilated_cfg("dinat_tiny_in1k_224.pth"),
+        "dinat_small.in1k": _dilated_cfg("dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": _dilated_cfg("dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_384.pth", **_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_384_11x11.pth", **_384),
         "test_nat.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
     }
 )
 
-_NARROW: dict[str, Any] = {"embed_dim": 64, "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}
-_WIDE: dict[str, Any] = {"depths": (3, 4, 18, 5), "mlp_ratio": 2.0, "layer_scale": 1e-5}
+_NARROW: dict[str, Any] = {"embed_dim": 64, "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0, "drop_path_rate": 0.2}
+_96: dict[str, Any] = {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "drop_path_rate": 0.3}
+_128: dict[str, Any] = {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "drop_path_rate": 0.5}
+_192: dict[str, Any] = {"embed_dim": 192, "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "drop_path_rate": 0.35}
+_SHALLOW, _DEEP = {"depths": (3, 4, 6, 5)}, {"depths": (3, 4, 18, 5)}
+
+# The widest that a window of 7 allows on the maps of a 224 px image, and of a 384 px image.
+_DILATED: dict[str, Any] = _DEEP | {"dilations": ((1, 8, 1), (1, 4, 1, 4), (1, 2) * 9, (1,) * 5)}
+_DILATED_384: dict[str, Any] = _DEEP | {"dilations": ((1, 13, 1), (1, 6, 1, 6), (1, 3) * 9, (1,) * 5)}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "nat_mini": {"depths": (3, 4, 6, 5), "drop_path_rate": 0.2, **_NARROW},
-    "nat_tiny": {"depths": (3, 4, 18, 5), "drop_path_rate": 0.2, **_NARROW},
-    "nat_small": {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.3, **_WIDE},
-    "nat_base": {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5, **_WIDE},
+    "nat_mini": _NARROW | _SHALLOW,
+    "nat_tiny": _NARROW | _DEEP,
+    "nat_small": _96 | _DEEP | {"layer_scale": 1e-5},
+    "nat_base": _128 | _DEEP | {"layer_scale": 1e-5},
+    "dinat_mini": _NARROW | _SHALLOW | {"dilations": ((1, 8, 1), (1, 4, 1, 4), (1, 2) * 3, (1,) * 5)},
+    "dinat_tiny": _NARROW | _DILATED,
+    "dinat_small": _96 | _DILATED,
+    "dinat_base": _128 | _DILATED | {"layer_scale": 1e-5},
+    "dinat_large": _192 | _DILATED,
+    "dinat_large_384": _192 | _DILATED_384,
+    "dinat_large_384_11x11": _192 | _DILATED | {"kernel_size": 11},
     "test_nat": {
         "depths": (1, 2, 1, 1),
         "embed_dim": 8,

@@ -1,8 +1,9 @@
-"""NAT: upstream's constructor arguments, variants and module names."""
+"""NAT and DiNAT: upstream's constructor arguments, the same for both, and variants."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -10,15 +11,8 @@ from torch import nn
 
 from subquad.backbones.nat import NAT
 
-MANIFEST_PATTERN = r"nat_(mini|tiny|small|base)$"
 
-MANIFESTS = {name: name for name in ("nat_mini", "nat_tiny", "nat_small", "nat_base")}
-
-CLASSIFIER = r"(norm|head)\."
-OUTPUT_NORM = r"norm(?P<i>\d+)\."
-
-
-def build(constructor: Mapping[str, Any]) -> nn.Module:
+def _build(constructor: Mapping[str, Any]) -> nn.Module:
     if "variant" in constructor:
         return timm.create_model(constructor["variant"])
     return NAT(
@@ -34,5 +28,26 @@ def build(constructor: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def probes(model: nn.Module) -> dict[str, nn.Module]:
-    return {}
+def _system(name: str, variants: str, **others: str) -> SimpleNamespace:
+    manifests = {f"{name}_{variant}": f"{name}_{variant}" for variant in variants.split()} | others
+    return SimpleNamespace(
+        __name__=name,
+        MANIFEST_PATTERN=rf"({'|'.join(manifests)})$",
+        MANIFESTS=manifests,
+        CLASSIFIER=r"(norm|head)\.",
+        OUTPUT_NORM=r"norm(?P<i>\d+)\.",
+        build=_build,
+        probes=lambda model: {},
+    )
+
+
+SYSTEMS = {
+    "nat": _system("nat", "mini tiny small base"),
+    "dinat": _system(
+        "dinat",
+        "mini tiny small base large large_384 large_384_11x11",
+        # weights before fine-tuning, recorded for 1000 classes too
+        dinat_large_21k="dinat_large",
+        dinat_large_21k_11x11="dinat_large_384_11x11",
+    ),
+}
