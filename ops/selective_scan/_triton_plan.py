@@ -57,18 +57,21 @@ _CANDIDATES = [
 ]
 
 
+def _rank(call: ScanCall) -> int:
+    """R of low-rank steps, 0 for full-rank ones."""
+    return 0 if call.dt_weight is None else call.dt.shape[-1]
+
+
 def default_config(which: str, call: ScanCall) -> Config:
     """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
-    rank = 0 if call.dt_weight is None else call.dt.shape[-1]
     if call.A.shape[-1] > 1:
         return _CONFIGS[which, "many states"]
-    return _CONFIGS[which, "one state" if rank + 2 <= 16 else "one state, long rows"]
+    return _CONFIGS[which, "one state" if _rank(call) + 2 <= 16 else "one state, long rows"]
 
 
 def config_for(which: str, call: ScanCall, run: Callable[[Config], object]) -> Config:
     """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` did the pass with each candidate."""
-    rank = 0 if call.dt_weight is None else call.dt.shape[-1]
-    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank, call.x.dtype)
+    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], _rank(call), call.x.dtype)
     return _triton.tuned(key, call.x, _CANDIDATES, default_config(which, call), run)
 
 
@@ -127,7 +130,6 @@ class Plan(NamedTuple):
     segments: int
     tiles: int
     grid: tuple[int, int]
-    packed: bool
     sizes: tuple[int, ...]  # n_lanes to n_routes of every kernel's arguments
     meta: dict[str, Any]
     launch: _triton.Launcher
@@ -135,6 +137,10 @@ class Plan(NamedTuple):
     @property
     def two_level(self) -> bool:
         return self.segments > 1
+
+    @property
+    def groups_at_once(self) -> int:
+        return max(map(len, self.batches))
 
 
 _plans: dict[object, Plan] = {}
@@ -151,7 +157,7 @@ def plan_for(
         on_new: called before the first launches of a shape class on a GPU.
     """
     key = (
-        which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype, inputs.packed,
+        which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype,
         *map(_triton.facts, (*inputs.tensors, call.initial_state, *more)),
     )  # fmt: skip
     if _triton.is_compiling_ahead():
@@ -178,7 +184,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     segment_tiles = segment_chunks * CHUNK // config.steps
     lanes = batch * segments
     lane_programs = triton.cdiv(lanes, LANES)
-    rank = call.dt.shape[-1] if call.dt_weight is not None else 0
+    rank = _rank(call)
     row = 8 * triton.cdiv(rank + 2 * state, 8)  # packed gradients, in rows that can be written 16 bytes wide
     # Offsets into x, dt, packed rows of gradients for each channel block, and states.
     largest = max(
@@ -219,7 +225,6 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         segments=segments,
         tiles=segments * segment_tiles,
         grid=(blocks, lane_programs),
-        packed=inputs.packed,
         sizes=(
             lanes,
             length,
@@ -254,7 +259,7 @@ def pack_routes(groups: list[Group]) -> int:
 class Inputs(NamedTuple):
     """Inputs as the kernels take them: contiguous maps and parameters, zeros for absent vectors.
 
-    ``rows`` holds dt (if low-rank), B and C of a pixel and route as one row; with ``packed`` it is a copy.
+    ``rows`` holds dt (if low-rank), B and C of a pixel and route as one row.
     """
 
     x: Tensor
@@ -264,7 +269,6 @@ class Inputs(NamedTuple):
     D: Tensor
     weight: Tensor
     bias: Tensor
-    packed: bool
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -276,9 +280,7 @@ def kernel_inputs(call: ScanCall) -> Inputs:
     A = call.A.contiguous()
     zeros = A.new_zeros(A.shape[:2]) if call.D is None or call.dt_bias is None else A
     parts = (call.B, call.C) if call.dt_weight is None else (call.dt, call.B, call.C)
-    rows, packed = parts[0], not _are_rows(parts)
-    if packed:
-        rows = torch.cat([part.flatten(4) for part in parts], dim=-1)
+    rows = parts[0] if _are_rows(parts) else torch.cat([part.flatten(4) for part in parts], dim=-1)
     return Inputs(
         x=call.x.contiguous(),
         dt=rows if call.dt_weight is not None else _with_rows(call.dt),
@@ -287,7 +289,6 @@ def kernel_inputs(call: ScanCall) -> Inputs:
         D=zeros if call.D is None else call.D.contiguous(),
         weight=A if call.dt_weight is None else call.dt_weight.contiguous(),
         bias=zeros if call.dt_bias is None else call.dt_bias.contiguous(),
-        packed=packed,
     )
 
 

@@ -97,7 +97,7 @@ class _Between(NamedTuple):
 
 def _between(x: Tensor, plan: Plan, n_routes: int, state: int) -> _Between:
     batch, dim = x.shape[0], x.shape[-1]
-    groups = max(map(len, plan.batches)) if any(group.reversed >= 0 for group in plan.groups) else 0
+    groups = plan.groups_at_once if any(group.reversed >= 0 for group in plan.groups) else 0
     tiles = _scratch(x, max(1, groups), batch, plan.tiles if groups else 0, state, dim)
     if not plan.two_level:
         return _Between(tiles, tiles, tiles, tiles)
@@ -222,8 +222,7 @@ def _backward(
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
     keep = grad_initial is not None
     between = _between(x, plan, n_routes, state)
-    groups_at_once = max(map(len, plan.batches))
-    state_tiles = _scratch(x, groups_at_once, batch, plan.tiles, state, dim)
+    state_tiles = _scratch(x, plan.groups_at_once, batch, plan.tiles, state, dim)
     waiting = _scratch(x, 6 * blocks * lane_programs, state, LANES, plan.block) if state > 1 else x
     given = _by_channel(grad_last_state)
     has_given = given is not None
@@ -260,8 +259,7 @@ def _backward(
                     (
                         *shared, inputs.D, paths[first + i], states, entries, state_tiles[i],
                         *_of_group(between, i), target if before is None else before, target, grad_dt, rows, weights,
-                        params,
-                        initial, waiting, *plan.sizes, pack_routes([group]), batch, int(before is not None),
+                        params, initial, waiting, *plan.sizes, pack_routes([group]), batch, int(before is not None),
                     ),
                     {
                         **meta, **directions, "ENTRY": plan.two_level or has_given,
