@@ -13,6 +13,7 @@ from subquad.ops.linear_attention._triton_tiles import (
     _load_state,
     _load_vector,
     _mask,
+    _operand,
     _parts,
     _program,
     _rotate,
@@ -30,12 +31,13 @@ def _sweep_queries(
     start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, scale, eps,
     SUMS: tl.constexpr, GRADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, KIND: tl.constexpr, MAP: tl.constexpr, CONTENT: tl.constexpr,
-    ROTARY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    ROTARY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PARTS_Q: tl.constexpr,
 ):  # fmt: skip
     """SUMS: gradients of S, kbar and vbar, the first from products in DOT; GRADS: those of the queries, stored.
 
-    With t_i = S G_i, <G_i, num_i> is <q_c[i], t_i>: the numerator itself is not needed. b_high and b_low are S^T, b_extra
-    is what the features of every query get through the weights of ``softmax_weighted``.
+    With t_i = S G_i, <G_i, num_i> is <q_c[i], t_i>: the numerator itself is not needed. b_high and b_low are S^T, in
+    PARTS_Q parts because most of t_i may cancel against dz_i kbar. b_extra is what the features of every query get
+    through the weights of ``softmax_weighted``.
     """
     b_ds = tl.zeros((BD, BE), dtype=tl.float32)
     b_dkeys = tl.zeros((BN // 16, 8, BD), dtype=tl.float32)
@@ -44,7 +46,7 @@ def _sweep_queries(
         m_q = _mask(n, end, D, BN, BD)
         m_g = _mask(n, end, E, BN, BE)
         b_g = tl.load(_at(p_g, n, stride_gn, BN, BE), mask=m_g, other=0.0)
-        b_t = _times_state(b_g.to(DOT), b_high, b_low, PRECISION, PARTS)
+        b_t = _times_state(b_g.to(DOT), b_high, b_low, PRECISION, PARTS_Q)
         b_q = _features(tl.load(_at(p_q, n, stride_qn, BN, BD), mask=m_q, other=0.0), m_q, MAP)
         b_q = _beside(b_q, b_t)
         if CONTENT:
@@ -72,7 +74,7 @@ def _sweep_queries(
             b_factor = 1 + b_inverse if KIND == "magnitude" else b_inverse
         b_dz *= scale
         if SUMS:
-            b_ds = tl.dot(tl.trans((b_factor * b_qc).to(DOT)), b_g.to(DOT), b_ds, input_precision=PRECISION)
+            b_ds = tl.dot(tl.trans(_operand(b_factor * b_qc, DOT, PRECISION)), b_g.to(DOT), b_ds, input_precision=PRECISION)
             b_dkeys += _fold_product(b_dz * b_q, BN, BD)
         if GRADS:
             b_dq = b_dz * b_key_mean[None, :] + b_extra[None, :]
@@ -99,7 +101,7 @@ def linear_attention_bwd_kernel(
     SUMS: tl.constexpr, KEYS: tl.constexpr, GRADS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     KIND: tl.constexpr, MAP: tl.constexpr, CONTENT: tl.constexpr, ROTARY: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, PARTS_Q: tl.constexpr,
 ):  # fmt: skip
     """All of the backward pass for an image and head, or one of its sweeps over a run of tokens.
 
@@ -132,12 +134,12 @@ def linear_attention_bwd_kernel(
     if SUMS or GRADS or WEIGHTED:
         b_state = _load_state(p_state + i_head * (D * E), D, E, BD, BE)
     if SUMS or GRADS:
-        b_high, b_low = _parts(tl.trans(b_state), DOT, PARTS)
+        b_high, b_low = _parts(tl.trans(b_state), DOT, PRECISION, PARTS_Q)
     if SUMS:
         b_ds, b_dkey_mean, b_dvalue_mean = _sweep_queries(
             p_q, p_qc, p_g, p_cos, p_sin, p_dq + o_dq, p_dqc + o_dq, b_high, b_low, b_key_mean, b_value_mean, b_extra,
             start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale, eps,
-            True, GRADS and not WEIGHTED, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS,
+            True, GRADS and not WEIGHTED, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS_Q,
         )  # fmt: skip
         if not KEYS:
             p_row = p_sums + i_row * stride_sums
@@ -166,8 +168,8 @@ def linear_attention_bwd_kernel(
         b_ds *= product_scale / keys
         b_dkey_mean /= keys
         b_dvalue_mean /= keys
-        b_high_k, b_low_k = _parts(tl.trans(b_ds), DOT, PARTS)
-        b_high_v, b_low_v = _parts(b_ds, DOT, PARTS)
+        b_high_k, b_low_k = _parts(tl.trans(b_ds), DOT, PRECISION, PARTS)
+        b_high_v, b_low_v = _parts(b_ds, DOT, PRECISION, PARTS)
         b_sum = tl.zeros((BN // 16, 8, BD), dtype=tl.float32)
         for n in range(key_start, key_end, BN):
             m_k = _mask(n, key_end, D, BN, BD)
@@ -192,7 +194,7 @@ def linear_attention_bwd_kernel(
                 b_kc *= b_share * keys
                 b_dkc *= b_share * keys
                 b_dk = b_share * keys * b_dk + scale * b_t * b_query_mean[None, :]
-            b_dv = _times_state(b_kc.to(DOT), b_high_v, b_low_v, PRECISION, PARTS) + b_dvalue_mean[None, :]
+            b_dv = _times_state(_operand(b_kc, DOT, PRECISION), b_high_v, b_low_v, PRECISION, PARTS) + b_dvalue_mean[None, :]
             if CONTENT:
                 tl.store(_at(p_dkc, n, heads * D, BN, BD), b_dkc.to(p_dkc.dtype.element_ty), mask=m_k)
             elif ROTARY:
@@ -213,5 +215,5 @@ def linear_attention_bwd_kernel(
         _sweep_queries(
             p_q, p_qc, p_g, p_cos, p_sin, p_dq + o_dq, p_dqc + o_dq, b_high, b_low, b_key_mean, b_value_mean,
             b_extra * (scale / queries), start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale, eps,
-            False, True, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS,
+            False, True, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS_Q,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from subquad.ops.linear_attention._triton_tiles import (
     _load_state,
     _load_vector,
     _mask,
+    _operand,
     _parts,
     _program,
     _rotate,
@@ -38,6 +39,7 @@ def linear_attention_fwd_kernel(
     PARTIAL their sums over the run, unscaled), QUERIES writes o. Sweeps that a program does not make left their results
     in memory. Grid (B * splits * H); on chip: S [BD, BE] in float32. Bytes: every token's vectors once for each sweep.
     """
+    ROWS: tl.constexpr = min(BN, 32)  # of partial sums
     i_b, i_h, i_split = _program(heads, splits)
     i_head = i_b * heads + i_h
     i_row = i_head
@@ -51,11 +53,11 @@ def linear_attention_fwd_kernel(
     end = tl.minimum(start + query_chunk, queries)
 
     if MEAN:
-        b_sum = tl.zeros((32, BD), dtype=tl.float32)
+        b_sum = tl.zeros((ROWS, BD), dtype=tl.float32)
         for n in range(start, end, BN):
             m_q = _mask(n, end, D, BN, BD)
             b_q = tl.load(_at(p_q, n, stride_qn, BN, BD), mask=m_q, other=0.0)
-            b_sum += _fold(_features(b_q, m_q, MAP), BN, BD)
+            b_sum += _fold(_features(b_q, m_q, MAP), BN, BD, ROWS)
         b_query_mean = tl.sum(b_sum, axis=0)
         if not PARTIAL:
             b_query_mean /= queries
@@ -70,8 +72,8 @@ def linear_attention_fwd_kernel(
         key_start = i_split * key_chunk
         key_end = tl.minimum(key_start + key_chunk, keys)
         b_state = tl.zeros((BD, BE), dtype=tl.float32)
-        b_keys = tl.zeros((32, BD), dtype=tl.float32)
-        b_values = tl.zeros((32, BE), dtype=tl.float32)
+        b_keys = tl.zeros((ROWS, BD), dtype=tl.float32)
+        b_values = tl.zeros((ROWS, BE), dtype=tl.float32)
         maximum = float("-inf")  # of the logits so far, and the sum of their exponentials relative to it
         total = 0.0
         for n in range(key_start, key_end, BN):
@@ -98,10 +100,10 @@ def linear_attention_fwd_kernel(
                 b_keys *= shrink
                 b_k *= b_weight[:, None]
                 b_kc *= b_weight[:, None]
-            b_state = tl.dot(tl.trans(b_kc.to(DOT)), b_v.to(DOT), b_state, input_precision=PRECISION)
-            b_keys += _fold(b_k, BN, BD)
+            b_state = tl.dot(tl.trans(_operand(b_kc, DOT, PRECISION)), b_v.to(DOT), b_state, input_precision=PRECISION)
+            b_keys += _fold(b_k, BN, BD, ROWS)
             if KIND == "subtract" or KIND == "magnitude":
-                b_values += _fold(b_v.to(tl.float32), BN, BE)
+                b_values += _fold(b_v.to(tl.float32), BN, BE, ROWS)
         b_key_mean = tl.sum(b_keys, axis=0)
         b_value_mean = tl.sum(b_values, axis=0)
         if not PARTIAL:
@@ -129,7 +131,7 @@ def linear_attention_fwd_kernel(
             b_value_mean = _load_vector(p_value_mean + i_head * E, E, BE)
 
     if QUERIES:
-        b_high, b_low = _parts(b_state, DOT, PARTS)
+        b_high, b_low = _parts(b_state, DOT, PRECISION, PARTS)
         if KIND != "softmax_weighted":
             b_key_mean *= scale
         p_o += (i_b * queries * heads + i_h) * E
@@ -142,7 +144,7 @@ def linear_attention_fwd_kernel(
             elif ROTARY:
                 b_cos, b_sin = _load_angles(p_cos, p_sin, n, end, stride_tn, D, BN, BD)
                 b_q = _rotate(b_q, b_cos, b_sin, BN, BD)
-            b_o = _times_state(b_q.to(DOT), b_high, b_low, PRECISION, PARTS)
+            b_o = _times_state(_operand(b_q, DOT, PRECISION), b_high, b_low, PRECISION, PARTS)
             if KIND == "divide" or KIND == "softmax_weighted":
                 b_o *= 1 / (b_z + eps)
             elif KIND == "subtract":

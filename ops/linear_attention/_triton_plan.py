@@ -46,12 +46,23 @@ _CONFIGS = {
     ("backward", 16): Config(64, 4, 3, 8),
     ("backward", 32): Config(64, 4, 3, 8),
     ("backward", 64): Config(64, 4, 3, 8),
-    ("backward", 128): Config(64, 8, 2, 4),
+    ("backward", 128): Config(32, 8, 3, 4),
     ("backward", 256): Config(32, 8, 2, 4),
 }
-"""The one table of launch heuristics, by the wider of the padded head dimensions; ``SUBQUAD_AUTOTUNE=1`` searches
-``_CANDIDATES`` instead."""
-
+_CROWDED = {("backward", 64): Config(32, 4, 3, 8)}
+"""For calls with more on chip: tables, the mean of the values, weights."""
+_WIDE_OPERANDS = {
+    16: Config(64, 4, 2, 8),
+    32: Config(32, 4, 2, 8),
+    64: Config(32, 4, 2, 8),
+    128: Config(32, 8, 2, 4),
+    256: Config(32, 8, 2, 4),
+}
+"""For float16 and float32, whose operands have 32 bits."""
+_WIDEST_OPERANDS = Config(16, 8, 2, 4)
+"""For float32 and larger states than ``_SMALL_STATE``, whose parts do not fit on chip: products without tensor cores."""
+_SMALL_STATE = 128 * 64  # numbers, padded
+# The tables of launch heuristics, by the wider of the padded head dimensions; SUBQUAD_AUTOTUNE=1 searches instead:
 _CANDIDATES = [
     Config(tokens, warps, stages, programs)
     for tokens in (32, 64, 128)
@@ -63,10 +74,17 @@ _CANDIDATES = [
 
 def default_config(which: str, call: AttentionCall) -> Config:
     """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
-    config = _CONFIGS[which, max(_padded(call.q), _padded(call.v))]
-    if call.v.dtype != torch.bfloat16:  # operands of 32 bits
-        return config._replace(tokens=max(32, config.tokens // 2), stages=2)
-    return config
+    width = max(_padded(call.q), _padded(call.v))
+    if call.v.dtype == torch.float32 and not _has_small_state(call):
+        return _WIDEST_OPERANDS
+    if call.v.dtype != torch.bfloat16:
+        return _WIDE_OPERANDS[width]
+    crowded = call.cos is not None or call.normalizer in (*USES_VALUE_MEAN, "softmax_weighted")
+    return _CROWDED.get((which, width), _CONFIGS[which, width]) if crowded else _CONFIGS[which, width]
+
+
+def _has_small_state(call: AttentionCall) -> bool:
+    return _padded(call.q) * _padded(call.v) <= _SMALL_STATE
 
 
 def config_for(which: str, call: AttentionCall, run: Callable[[Config], object]) -> Config:
@@ -117,9 +135,11 @@ def _make_plan(call: AttentionCall, config: Config) -> Plan:
         splits = min(triton.cdiv(wanted, programs), triton.cdiv(tokens, _FEW_TOKENS))
     chunk = _chunk(tokens, splits, config.tokens)
     splits = triton.cdiv(tokens, chunk)
-    exact = call.v.dtype == torch.float32
-    # bfloat16 features; otherwise operands of 32 bits, of which tf32 keeps all that float16 has
-    narrow = call.v.dtype == torch.bfloat16 and not _triton.interpreting()  # which cannot multiply it
+    precision = "tf32"  # which holds all of a float16
+    if call.v.dtype == torch.float32:
+        precision = "tf32x3" if _has_small_state(call) else "ieee"
+    narrow = call.v.dtype == torch.bfloat16
+    parts = 2 if narrow or (precision == "tf32" and _has_small_state(call)) else 1
     meta = {
         "D": call.q.shape[-1],
         "E": call.v.shape[-1],
@@ -132,9 +152,10 @@ def _make_plan(call: AttentionCall, config: Config) -> Plan:
         "MAP": call.feature_map,
         "CONTENT": call.q_content is not None,
         "ROTARY": call.cos is not None,
-        "DOT": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "tf32x3" if exact else "tf32",
-        "PARTS": 2 if narrow and call.normalizer in USES_VALUE_MEAN else 1,
+        "DOT": tl.bfloat16 if narrow and not _triton.interpreting() else tl.float32,  # which it cannot multiply
+        "PRECISION": precision,
+        "PARTS": parts if call.normalizer in USES_VALUE_MEAN else 1,
+        "PARTS_Q": parts if call.normalizer != "none" else 1,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

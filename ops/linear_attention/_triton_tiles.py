@@ -104,16 +104,25 @@ def _rotate(b, b_cos, b_sin, BN: tl.constexpr, BD: tl.constexpr):
 
 
 # Products --------------------------------------------------------------------------------------------------------
-# Operands have the dtype DOT: bfloat16, or float32 in the tensor cores' PRECISION. A state that normalisers subtract
-# the mean from (PARTS = 2) is the sum of two bfloat16 numbers: its rounding would come out magnified.
+# Operands have the dtype DOT: bfloat16, or float32 in the tensor cores' PRECISION. A state from whose products a mean is
+# subtracted is the sum of two operands (PARTS = 2): rounded once, its error would come out magnified.
 
 
 @triton.jit
-def _parts(b, DOT: tl.constexpr, PARTS: tl.constexpr):
-    """A state as the sum of an operand and, with two parts, its remainder."""
-    b_high = b.to(DOT)
+def _operand(b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as an operand, rounded to nearest: tensor cores cut what tf32 cannot hold off, which would be a bias."""
+    if DOT == tl.float32 and PRECISION == "tf32":
+        b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(b == b, b_rounded, b)
+    return b.to(DOT)
+
+
+@triton.jit
+def _parts(b, DOT: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr):
+    """A state as an operand and, with two parts, its remainder."""
+    b_high = _operand(b, DOT, PRECISION)
     if PARTS == 2:
-        return b_high, (b - b_high.to(tl.float32)).to(DOT)
+        return b_high, _operand(b - b_high.to(tl.float32), DOT, PRECISION)
     return b_high, b_high
 
 
@@ -127,9 +136,9 @@ def _times_state(b, b_high, b_low, PRECISION: tl.constexpr, PARTS: tl.constexpr)
 
 
 @triton.jit
-def _fold(b, BN: tl.constexpr, BC: tl.constexpr):
-    """[BN, BC] -> [32, BC]: sums of the tokens that one thread holds, in the layout of a load."""
-    return tl.sum(tl.reshape(b, (BN // 32, 32, BC)), axis=0)
+def _fold(b, BN: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr):
+    """[BN, BC] -> [ROWS, BC]: sums of tokens that one thread holds, in the layout of a load."""
+    return tl.sum(tl.reshape(b, (BN // ROWS, ROWS, BC)), axis=0)
 
 
 @triton.jit
