@@ -52,6 +52,14 @@ def _multiprocessor_count(device: torch.device) -> int:
     return 8
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes on chip that a program may use on a CUDA GPU; elsewhere more than any kernel asks for."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16))
+    return 2**31
+
+
 class _Ahead(threading.local):
     device: torch.device | None = None
 

@@ -301,6 +301,10 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+_SHARED_MEMORY = 220_000
+"""Bytes on chip under kernels for heads of more than 64 channels."""
+
+
 def _why_not_triton(call: AttentionCall) -> str | None:
     """The reason why the Triton kernels cannot serve a call, or None."""
     if (reason := _triton.why_not(call.v)) is not None:
@@ -310,9 +314,13 @@ def _why_not_triton(call: AttentionCall) -> str | None:
     if call.q.shape[0] == 0:
         return "empty batch"
     dim, values = call.q.shape[-1], call.v.shape[-1]
-    most = 256 if call.v.dtype == torch.bfloat16 else 128
+    heads = f"heads of {dim} features and {values} values"
+    plain = call.normalizer in ("divide", "clamp", "none") and call.v.dtype != torch.float32
+    most = 256 if plain else 128
     if dim > most or values > 128:
-        return f"heads of {dim} features and {values} values, the kernels take up to {most} and 128 in {call.v.dtype}"
+        return f"{heads}, the kernels take up to {most} and 128 for {call.normalizer!r} in {call.v.dtype}"
+    if max(dim, values) > 64 and (size := _triton.shared_memory(call.v.device)) < _SHARED_MEMORY:
+        return f"{heads}, which need {_SHARED_MEMORY} bytes of shared memory, the GPU has {size}"
     return None
 
 

@@ -74,7 +74,9 @@ def _sweep_queries(
             b_factor = 1 + b_inverse if KIND == "magnitude" else b_inverse
         b_dz *= scale
         if SUMS:
-            b_ds = tl.dot(tl.trans(_operand(b_factor * b_qc, DOT, PRECISION)), b_g.to(DOT), b_ds, input_precision=PRECISION)
+            b_ds = tl.dot(
+                tl.trans(_operand(b_factor * b_qc, DOT, PRECISION)), b_g.to(DOT), b_ds, input_precision=PRECISION
+            )
             b_dkeys += _fold_product(b_dz * b_q, BN, BD)
         if GRADS:
             b_dq = b_dz * b_key_mean[None, :] + b_extra[None, :]
@@ -105,10 +107,10 @@ def linear_attention_bwd_kernel(
 ):  # fmt: skip
     """All of the backward pass for an image and head, or one of its sweeps over a run of tokens.
 
-    SUMS sweeps the queries for the gradients of the statistics, KEYS sweeps keys and values for theirs, GRADS stores those
-    of the queries: in the first sweep, or for ``softmax_weighted`` in a third, because its weights give every query the
-    same vector, a sum over the keys. Sweeps that a program does not make left their sums in memory: rows of
-    ``stride_sums`` numbers (dS, dkbar, dvbar) for each split, image and head, and their totals; the same for that vector.
+    SUMS sweeps the queries for the gradients of the statistics, KEYS sweeps keys and values for theirs, GRADS stores
+    those of the queries: in the first sweep, or for ``softmax_weighted`` in a third, because its weights give every
+    query the same vector, a sum over the keys. Sweeps that a program does not make left their sums in memory: rows of
+    ``stride_sums`` numbers (dS, dkbar, dvbar) for each split, image and head, and their totals; likewise that vector.
     Grid (B * splits * H); on chip: S and dS [BD, BE], float32 sums. Bytes: every token's vectors once for each sweep.
     """
     i_b, i_h, i_split = _program(heads, splits)
@@ -194,7 +196,10 @@ def linear_attention_bwd_kernel(
                 b_kc *= b_share * keys
                 b_dkc *= b_share * keys
                 b_dk = b_share * keys * b_dk + scale * b_t * b_query_mean[None, :]
-            b_dv = _times_state(_operand(b_kc, DOT, PRECISION), b_high_v, b_low_v, PRECISION, PARTS) + b_dvalue_mean[None, :]
+            b_dv = (
+                _times_state(_operand(b_kc, DOT, PRECISION), b_high_v, b_low_v, PRECISION, PARTS)
+                + b_dvalue_mean[None, :]
+            )
             if CONTENT:
                 tl.store(_at(p_dkc, n, heads * D, BN, BD), b_dkc.to(p_dkc.dtype.element_ty), mask=m_k)
             elif ROTARY:
@@ -214,6 +219,6 @@ def linear_attention_bwd_kernel(
             b_extra = _load_vector(p_extra_total + i_head * D, D, BD)
         _sweep_queries(
             p_q, p_qc, p_g, p_cos, p_sin, p_dq + o_dq, p_dqc + o_dq, b_high, b_low, b_key_mean, b_value_mean,
-            b_extra * (scale / queries), start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale, eps,
-            False, True, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS_Q,
+            b_extra * (scale / queries), start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale,
+            eps, False, True, D, E, BN, BD, BE, KIND, MAP, CONTENT, ROTARY, DOT, PRECISION, PARTS_Q,
         )  # fmt: skip

@@ -165,8 +165,8 @@ def linear_attention_fwd_kernel_combine(
 ):  # fmt: skip
     """Statistics from the sums of the splits.
 
-    Rows of ``stride`` numbers, one for each split, image and head (``heads`` of images and heads together). Grid (B * H,
-    D * E / BJ), the first column of programs also for the vectors.
+    Rows of ``stride`` numbers, one for each split, image and head (``heads`` counts images and heads together). Grid
+    (B * H, D * E / BJ); the first column of programs is also for the vectors.
     """
     i_row = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1) * BJ + tl.arange(0, BJ)

@@ -60,7 +60,7 @@ _WIDE_OPERANDS = {
 }
 """For float16 and float32, whose operands have 32 bits."""
 _WIDEST_OPERANDS = Config(16, 8, 2, 4)
-"""For float32 and larger states than ``_SMALL_STATE``, whose parts do not fit on chip: products without tensor cores."""
+"""For float32 and larger states than ``_SMALL_STATE``, whose parts do not fit on chip: no tensor cores."""
 _SMALL_STATE = 128 * 64  # numbers, padded
 # The tables of launch heuristics, by the wider of the padded head dimensions; SUBQUAD_AUTOTUNE=1 searches instead:
 _CANDIDATES = [
@@ -135,11 +135,13 @@ def _make_plan(call: AttentionCall, config: Config) -> Plan:
         splits = min(triton.cdiv(wanted, programs), triton.cdiv(tokens, _FEW_TOKENS))
     chunk = _chunk(tokens, splits, config.tokens)
     splits = triton.cdiv(tokens, chunk)
-    precision = "tf32"  # which holds all of a float16
-    if call.v.dtype == torch.float32:
+    exact = call.v.dtype == torch.float32
+    narrow = call.v.dtype == torch.bfloat16 and not _triton.interpreting()  # which cannot multiply it
+    if exact:
         precision = "tf32x3" if _has_small_state(call) else "ieee"
-    narrow = call.v.dtype == torch.bfloat16
-    parts = 2 if narrow or (precision == "tf32" and _has_small_state(call)) else 1
+    else:
+        precision = "ieee" if narrow else "tf32"  # which holds all of a float16
+    parts = 2 if narrow or (not exact and _has_small_state(call)) else 1
     meta = {
         "D": call.q.shape[-1],
         "E": call.v.shape[-1],
@@ -152,7 +154,7 @@ def _make_plan(call: AttentionCall, config: Config) -> Plan:
         "MAP": call.feature_map,
         "CONTENT": call.q_content is not None,
         "ROTARY": call.cos is not None,
-        "DOT": tl.bfloat16 if narrow and not _triton.interpreting() else tl.float32,  # which it cannot multiply
+        "DOT": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": precision,
         "PARTS": parts if call.normalizer in USES_VALUE_MEAN else 1,
         "PARTS_Q": parts if call.normalizer != "none" else 1,
@@ -172,14 +174,10 @@ def _chunk(tokens: int, splits: int, tile: int) -> int:
 
 def readable(call: AttentionCall) -> AttentionCall:
     """The call with tensors as the kernels read them; only what is not laid out that way is copied."""
-    rows = {
-        name: as_rows(value)
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor) and name not in ("cos", "sin")
-    }
-    if call.cos is None or call.sin is None:
-        return call._replace(**rows)
-    return call._replace(**rows, cos=call.cos.float().contiguous(), sin=call.sin.float().contiguous())
+    q, k, v = (as_rows(x) for x in (call.q, call.k, call.v))
+    q_content, k_content = (None if x is None else as_rows(x) for x in (call.q_content, call.k_content))
+    cos, sin = (None if x is None else x.float().contiguous() for x in (call.cos, call.sin))
+    return call._replace(q=q, k=k, v=v, q_content=q_content, k_content=k_content, cos=cos, sin=sin)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -55,7 +55,6 @@ def _store_vector(p, b, C: tl.constexpr, BC: tl.constexpr):
 @triton.jit
 def _load_state(p, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
     """[BD, BE] in float32, zeros beyond D and E."""
-    o_d = tl.arange(0, BD)
     return tl.load(_at(p, 0, E, BD, BE), mask=_mask(0, D, E, BD, BE), other=0.0)
 
 
@@ -104,14 +103,14 @@ def _rotate(b, b_cos, b_sin, BN: tl.constexpr, BD: tl.constexpr):
 
 
 # Products --------------------------------------------------------------------------------------------------------
-# Operands have the dtype DOT: bfloat16, or float32 in the tensor cores' PRECISION. A state from whose products a mean is
-# subtracted is the sum of two operands (PARTS = 2): rounded once, its error would come out magnified.
+# Operands have the dtype DOT: bfloat16 (with PRECISION "ieee"), or float32 in that precision. A state from whose
+# products a mean is subtracted is the sum of two operands (PARTS = 2): rounded once, its error would be magnified.
 
 
 @triton.jit
 def _operand(b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """A tile as an operand, rounded to nearest: tensor cores cut what tf32 cannot hold off, which would be a bias."""
-    if DOT == tl.float32 and PRECISION == "tf32":
+    if PRECISION == "tf32":
         b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(b == b, b_rounded, b)
     return b.to(DOT)

@@ -1,17 +1,18 @@
 """Linear attention in Triton: forward and backward.
 
 Design. A program sweeps the tokens of one image and head, tile by tile, with the state [D, E] on chip: the keys and
-values for S and the means, then the queries for the output; the backward pass sweeps the queries and the gradient of the
-output for dS and dq, then keys and values for dk and dv. Feature map and rotary embedding are computed on the tiles in
-float32, and nothing but inputs, outputs and statistics is ever in memory. Features enter the products rounded once, to
-the operands of the tensor cores; sums over tokens, z and quotients are float32.
+values for S and the means, then the queries for the output; the backward pass sweeps the queries and the gradient of
+the output for dS and dq, then keys and values for dk and dv. Feature map and rotary embedding are computed on the tiles
+in float32, and nothing but inputs, outputs and statistics is ever in memory. Features enter the products rounded once,
+to the operands of the tensor cores; sums over tokens, z and quotients are float32.
 
 With enough images and heads to fill the GPU, or few tokens, one program does all sweeps: one launch a pass. Otherwise
 tokens are split: a launch for each sweep, whose sums over the splits a small kernel adds up in a fixed order, so that
-results do not change from run to run. ``softmax_weighted`` needs two more sweeps, over the queries: for their mean before
-everything else, and for their gradients after everything else.
+results do not change from run to run. ``softmax_weighted`` needs two more sweeps over the queries: for their mean
+before everything else, and for their gradients after everything else.
 
-Limits: D up to 256 and E up to 128 channels (padded to powers of two), D and E up to 128 in 32 bits and float16.
+Limits: the state on chip, padded to powers of two. E up to 128 and D up to 128; in 16 bits, without weights and without
+the mean of the values, D up to 256.
 Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 """
 
@@ -100,7 +101,16 @@ def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
             "combine",
             linear_attention_fwd_kernel_combine,
             (batch * heads, triton.cdiv(dim * values, plan.meta["BJ"]), 1),
-            (*sums, *statistics[:3], statistics.log_sum, batch * heads, call.k.shape[1], plan.splits, width, call.scale),
+            (
+                *sums,
+                *statistics[:3],
+                statistics.log_sum,
+                batch * heads,
+                call.k.shape[1],
+                plan.splits,
+                width,
+                call.scale,
+            ),
             plan.meta | {"num_warps": 4},
         )
         sweep("queries", final, statistics.query_mean, strides, "QUERIES")

@@ -17,8 +17,9 @@ from subquad import ops
 from subquad.ops import linear_attention
 from subquad.ops.linear_attention import NORMALIZERS, prepare
 
-# Relative L2 error per dtype. fp32: rounding of sums, and of the tensor cores' three-part products. 16 bit: one rounding of
-# the features, of a state in products and of results; where a mean is subtracted up to 2.5 times the rounding of results.
+# Relative L2 error per dtype. fp32: rounding of sums, and of the tensor cores' three-part products. 16 bit: one
+# rounding of features, of a state in products and of results (1.7e-3 in bfloat16); 2.5 times that where a mean is
+# subtracted.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 Arguments = dict[str, Any]
@@ -239,11 +240,10 @@ def test_what_the_kernels_decline(shape: tuple[int, ...], dtype: torch.dtype, re
     assert explanation.passed_over["triton"].startswith(reason)
 
 
-def _plan_of(call_sizes: tuple[int, ...], dtype: torch.dtype) -> Any:
+def _plan_of(shape: tuple[int, ...]) -> Any:
     from subquad.ops.linear_attention import _triton_plan
 
-    batch, tokens, heads, dim = call_sizes
-    q, k, v = (torch.empty(call_sizes, dtype=dtype, device="meta") for _ in range(3))
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3))
     call = prepare(q, k, v, feature_map="elu1")
     return _triton_plan.plan_for("forward", call, _triton_plan.default_config("forward", call))
 
@@ -253,7 +253,7 @@ def test_splits_cover_all_tokens() -> None:
     pytest.importorskip("triton")
     for tokens in (1, 49, 256, 257, 1000, 3136, 67200):
         for heads in (1, 3, 500):
-            plan = _plan_of((1, tokens, heads, 32), torch.bfloat16)
+            plan = _plan_of((1, tokens, heads, 32))
             _, _, _, splits, query_chunk, key_chunk = plan.sizes
             assert plan.programs == splits * heads
             assert (splits - 1) * key_chunk < tokens <= splits * key_chunk
