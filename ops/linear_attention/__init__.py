@@ -301,10 +301,6 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
-_SHARED_MEMORY = 220_000
-"""Bytes on chip under kernels for heads of more than 64 channels."""
-
-
 def _why_not_triton(call: AttentionCall) -> str | None:
     """The reason why the Triton kernels cannot serve a call, or None."""
     if (reason := _triton.why_not(call.v)) is not None:
@@ -315,12 +311,17 @@ def _why_not_triton(call: AttentionCall) -> str | None:
         return "empty batch"
     dim, values = call.q.shape[-1], call.v.shape[-1]
     heads = f"heads of {dim} features and {values} values"
-    plain = call.normalizer in ("divide", "clamp", "none") and call.v.dtype != torch.float32
+    plain = call.normalizer in ("divide", "clamp", "none") and call.v.dtype == torch.bfloat16
     most = 256 if plain else 128
     if dim > most or values > 128:
         return f"{heads}, the kernels take up to {most} and 128 for {call.normalizer!r} in {call.v.dtype}"
-    if max(dim, values) > 64 and (size := _triton.shared_memory(call.v.device)) < _SHARED_MEMORY:
-        return f"{heads}, which need {_SHARED_MEMORY} bytes of shared memory, the GPU has {size}"
+    needed = 0  # bytes of shared memory beyond what every GPU has
+    if max(dim, values) > 64:
+        needed = 220_000
+    elif max(dim, values) > 32 and call.v.dtype == torch.float32:
+        needed = 110_000
+    if needed > (size := _triton.shared_memory(call.v.device)):
+        return f"{heads}, which need {needed} bytes of shared memory, the GPU has {size}"
     return None
 
 

@@ -133,11 +133,10 @@ def linear_attention_bwd_kernel(
     b_value_mean = tl.zeros((BE,), dtype=tl.float32)
     if KIND == "subtract" or KIND == "magnitude":
         b_value_mean = _load_vector(p_value_mean + i_head * E, E, BE)
-    if SUMS or GRADS or WEIGHTED:
-        b_state = _load_state(p_state + i_head * (D * E), D, E, BD, BE)
-    if SUMS or GRADS:
-        b_high, b_low = _parts(tl.trans(b_state), DOT, PRECISION, PARTS_Q)
+    p_state += i_head * (D * E)  # loaded for each sweep: kept, it would fill registers and shared memory
     if SUMS:
+        b_state = _load_state(p_state, D, E, BD, BE)
+        b_high, b_low = _parts(tl.trans(b_state), DOT, PRECISION, PARTS_Q)
         b_ds, b_dkey_mean, b_dvalue_mean = _sweep_queries(
             p_q, p_qc, p_g, p_cos, p_sin, p_dq + o_dq, p_dqc + o_dq, b_high, b_low, b_key_mean, b_value_mean, b_extra,
             start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale, eps,
@@ -164,6 +163,7 @@ def linear_attention_bwd_kernel(
         key_start = i_split * key_chunk
         key_end = tl.minimum(key_start + key_chunk, keys)
         if WEIGHTED:
+            b_state = _load_state(p_state, D, E, BD, BE)
             level = tl.sum(b_key_mean * b_dkey_mean, axis=0) + tl.sum(tl.sum(b_state * b_ds, axis=1), axis=0)
             b_query_mean = _load_vector(p_query_mean + i_head * D, D, BD)
             log_sum = tl.load(p_log_sum + i_head)
@@ -217,6 +217,8 @@ def linear_attention_bwd_kernel(
     if GRADS and (TWICE or not SUMS):
         if not TWICE:
             b_extra = _load_vector(p_extra_total + i_head * D, D, BD)
+        b_state = _load_state(p_state, D, E, BD, BE)
+        b_high, b_low = _parts(tl.trans(b_state), DOT, PRECISION, PARTS_Q)
         _sweep_queries(
             p_q, p_qc, p_g, p_cos, p_sin, p_dq + o_dq, p_dqc + o_dq, b_high, b_low, b_key_mean, b_value_mean,
             b_extra * (scale / queries), start, end, heads, stride_qn, stride_qcn, stride_gn, stride_tn, product_scale,

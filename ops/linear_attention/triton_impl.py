@@ -11,8 +11,8 @@ tokens are split: a launch for each sweep, whose sums over the splits a small ke
 results do not change from run to run. ``softmax_weighted`` needs two more sweeps over the queries: for their mean
 before everything else, and for their gradients after everything else.
 
-Limits: the state on chip, padded to powers of two. E up to 128 and D up to 128; in 16 bits, without weights and without
-the mean of the values, D up to 256.
+Limits: the state on chip, padded to powers of two. E up to 128 and D up to 128; D up to 256 in bfloat16 without weights
+and without the mean of the values.
 Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 """
 
