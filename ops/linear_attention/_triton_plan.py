@@ -56,7 +56,6 @@ _WIDE_OPERANDS = {
     32: Config(32, 4, 2, 8),
     64: Config(32, 4, 2, 8),
     128: Config(32, 8, 2, 4),
-    256: Config(32, 8, 2, 4),
 }
 """For float16 and float32, whose operands have 32 bits."""
 _WIDEST_OPERANDS = Config(16, 8, 2, 4)
@@ -93,7 +92,10 @@ def config_for(which: str, call: AttentionCall, run: Callable[[Config], object])
         "linear_attention", which, *call.q.shape, *call.v.shape[1::2], call.normalizer, call.feature_map,
         call.q_content is not None, call.cos is not None, call.v.dtype,
     )  # fmt: skip
-    return _triton.tuned(key, call.v, _CANDIDATES, default_config(which, call), run)
+    default = default_config(which, call)
+    # without tensor cores larger tiles take minutes to compile
+    candidates = [default] if default == _WIDEST_OPERANDS else _CANDIDATES
+    return _triton.tuned(key, call.v, candidates, default, run)
 
 
 def _padded(x: Tensor) -> int:
