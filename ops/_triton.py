@@ -54,6 +54,14 @@ def _multiprocessor_count(device: torch.device) -> int:
     return 8
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes on chip that a program may use on a CUDA GPU; elsewhere more than any kernel asks for."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16))
+    return 2**31
+
+
 class _Ahead(threading.local):
     device: torch.device | None = None
     urgent = True
@@ -136,6 +144,8 @@ def _kind(value: object, param: Any) -> object:
     """What Triton tells variants of a kernel apart by, in an argument that is not a compile-time constant."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return float
     assert isinstance(value, int)
     if param is not None and param.do_not_specialize:
         return None

@@ -57,6 +57,23 @@ GATED: dict[tuple[int, ...], tuple[float, float]] = {
 }
 """(B, T, H, d_k, d_v): forward ms, forward + backward ms of two flipped passes."""
 
+SDPA_SYSTEM = "flash SDPA (softmax attention), recorded in another run"
+SDPA: dict[tuple[int, int], tuple[float, float]] = {
+    (32, 196): (0.49, 2.35),
+    (32, 784): (1.12, 4.66),
+    (32, 1024): (1.02, 4.09),
+    (32, 3136): (3.18, 12.2),
+    (32, 16384): (14.3, 50.7),
+    (32, 65536): (56.7, 204),
+    (64, 196): (0.60, 3.55),
+    (64, 784): (1.46, 6.72),
+    (64, 3136): (4.24, 17.3),
+    (64, 16384): (20.7, 76.3),
+    (64, 65536): (82.5, 312),
+}
+"""(head dimension, tokens) of 1.6 M images x heads x tokens: forward ms, forward + backward ms. Another function than
+linear attention: what a model would run in its place."""
+
 
 class Model(NamedTuple):
     """Throughput of a whole official model: img/s, and peak MiB of a training step where it was noted."""
