@@ -94,6 +94,8 @@ def _kind(value: object) -> object:
     """What Triton tells variants of a kernel apart by, in an argument that is not a compile-time constant."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return float
     assert isinstance(value, int)
     return value == 1, value % 16 == 0
 
