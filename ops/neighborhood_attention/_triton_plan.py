@@ -93,7 +93,7 @@ def as_map(call: NeighborhoodCall) -> NeighborhoodCall:
 class Plan(NamedTuple):
     """What all launches of a kernel for one shape class share."""
 
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # stride_qb to tiles_x of every kernel's arguments
     meta: dict[str, Any]
     launch: _triton.Launcher
@@ -166,7 +166,7 @@ def _make_plan(which: str, call: NeighborhoodCall, config: Config) -> Plan:
             f"N{name}": max(16, triton.next_power_of_2(2 * call.kernel_size[axis] - 1)),
         }
     return Plan(
-        grid=(batch * owners * call.dilation[0] * call.dilation[1] * tiles[0] * tiles[1],),
+        grid=(batch * owners * call.dilation[0] * call.dilation[1] * tiles[0] * tiles[1], 1, 1),
         sizes=(
             *(stride // align for x in (call.q, call.k, call.v) for stride in _strides(x)),
             owners,
