@@ -19,7 +19,7 @@ from subquad.ops.neighborhood_attention import prepare
 
 # Relative L2 error per dtype. fp32: three tf32 products for one, sums of some hundred terms. 16 bit: one rounding of
 # the weights, of dS, and of the results.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 
 class Case(NamedTuple):
@@ -244,7 +244,8 @@ def test_gpu_kernels_of_aligned_tensors_are_not_taken_for_others() -> None:
         name: torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
         for name, value in arguments.items()
     }
-    assert torch.equal(aligned, na2d(**shifted, **options(case)))
+    # Wrong addresses would give something else altogether; narrow loads may be in another order.
+    torch.testing.assert_close(na2d(**shifted, **options(case)), aligned, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
