@@ -33,8 +33,8 @@ def neighborhood_attention_fwd_kernel(
     """o = softmax(scale q k^T + bias) v and lse of a tile of TY x TX queries of a dilation group.
 
     Grid: heads x groups x tiles x images. The keys that any of the queries sees are read in place, in slabs of BY x BX
-    tokens; on chip: q, the running maximum, sum and output (float32). Strides count ALIGN numbers; p_rpb has the table
-    times log2(e). Bytes: q, k, v once from memory (keys that neighbouring tiles share: from the cache), o and lse once.
+    tokens; on chip: q, the running maximum, sum and output (float32). Strides count ALIGN numbers.
+    Bytes: q, k, v once from memory (keys that neighbouring tiles share: from the cache), o and lse once.
     """
     head, image, g_y, g_x, n_y, n_x, y_0, x_0 = _program(
         heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, TY, TX

@@ -113,8 +113,8 @@ def plan_for(
         more: tensors besides the call's that the kernel sees.
         on_new: called before the first launch of a shape class on a GPU.
     """
-    options = (*call.kernel_size, *call.dilation, *call.stride, *call.is_causal, call.rpb is None)
-    key = (which, config, call.q.device, options, *map(_triton.facts, (call.q, call.k, call.v, *more)))
+    options = (*call.kernel_size, *call.dilation, *call.stride, *call.is_causal)
+    key = (which, config, call.q.device, options, *map(_triton.facts, (call.q, call.k, call.v, call.rpb, *more)))
     if _triton.is_compiling_ahead():
         return _make_plan(which, call, config)
     plan = _plans.get(key)

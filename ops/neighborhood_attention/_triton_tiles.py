@@ -138,7 +138,7 @@ def _bias(
     p_rpb, o_y, o_x, KY: tl.constexpr, KX: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, CY: tl.constexpr,
     CX: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """[RY * RX, CY * CX] of a table [2 KY - 1, 2 KX - 1]: entry (o_y + c_y - r_y, o_x + c_x - r_x), or o - c + r.
+    """[RY * RX, CY * CX] of a table [2 KY - 1, 2 KX - 1], times log2(e): entry o + c - r on both axes, or o - c + r.
 
     The part of the table that the tile meets is one small block, which all pairs pick their entry from on chip.
     """
@@ -152,7 +152,7 @@ def _bias(
         o_row = o_y - (RY - 1) + o // NX
         o_column = o_x - (RX - 1) + o % NX
     m = (o_row >= 0) & (o_row < 2 * KY - 1) & (o_column >= 0) & (o_column < 2 * KX - 1)
-    b_part = tl.load(p_rpb + o_row * (2 * KX - 1) + o_column, mask=m, other=0.0)
+    b_part = tl.load(p_rpb + o_row * (2 * KX - 1) + o_column, mask=m, other=0.0).to(tl.float32) * _LOG2E
     o = tl.arange(0, RY * RX * CY * CX)
     o_r = o // (CY * CX)
     o_c = o % (CY * CX)

@@ -17,7 +17,6 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,12 +31,10 @@ from subquad.ops.neighborhood_attention._triton_forward import neighborhood_atte
 from subquad.ops.neighborhood_attention._triton_plan import Config, as_map, config_for, default_config, plan_for
 from subquad.ops.neighborhood_attention.call import Gradients, NeighborhoodCall
 
-_LOG2E = math.log2(math.e)
-
 
 def _table(call: NeighborhoodCall) -> Tensor:
-    """The bias as the kernels add it, float32 times log2(e); q where there is none."""
-    return call.q if call.rpb is None else (call.rpb.float() * _LOG2E).contiguous()
+    """The bias; q where there is none."""
+    return call.q if call.rpb is None else call.rpb.contiguous()
 
 
 def _compile_ahead(call: NeighborhoodCall) -> None:
