@@ -1,18 +1,49 @@
 """Triton kernel of gated linear attention: the gradients. See triton_impl.py for the design."""
 
+import triton
 import triton.language as tl
 
 from subquad.ops.gated_linear_attention._triton_tiles import (
-    _all_near,
     _dot,
     _double,
-    _factors,
     _kernel,
     _load_log_decays,
     _load_rows,
     _load_state,
+    _ones_where,
     _sigmoid_of_negative,
+    _sums,
+    _sums_of_decays,
 )
+
+
+@triton.jit
+def _through_states(
+    b_dq, b_dk, b_dv, b_n, b_q, b_k, b_v, b_do, b_inner, b_outer, b_total, b_rows,
+    p_tiles, p_sums, p_entries, direction, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+    K: tl.constexpr, V: tl.constexpr, TWO_LEVEL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what goes through a direction's state and its adjoint to dq, dk and dv; and the gradient of the log decays.
+
+    ``b_n`` is q dq - k dk of the pairs within the chunk, ``b_rows`` sums it over the rows that a decay leads to.
+    """
+    b_s = _load_state(
+        p_tiles, p_sums, p_entries, direction, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+        K, V, TWO_LEVEL,
+    )  # fmt: skip
+    b_ds = _load_state(
+        p_tiles, p_sums, p_entries, direction + 2, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+        K, V, TWO_LEVEL,
+    )  # fmt: skip
+    b_through = _dot(b_do, tl.trans(b_s), DOT, PRECISION) * b_inner
+    b_dq += b_through
+    b_n += b_q * b_through
+    b_through = _dot(b_v, tl.trans(b_ds), DOT, PRECISION) * b_outer
+    b_dk += b_through
+    b_through *= b_k
+    b_passed = b_total * tl.sum(b_s * b_ds, 1) + tl.sum(b_through, 0)
+    b_dv += _dot(b_k * b_outer, b_ds, DOT, PRECISION)
+    return b_dq, b_dk, b_dv, _sums(b_rows, b_n - b_through, DOT) + b_passed[None, :]
 
 
 @_kernel
@@ -37,8 +68,8 @@ def gated_linear_attention_bwd_kernel(
     exponents that it is part of: q dq of the rows that it leads to, k dk of the rows that it comes from, and
     exp(total) S dS for what passes. Pairs that lie on one side of it cancel, within the chunk.
 
-    Grid (B * H * chunks, V / BV). On chip: A^T, dA, dA^T and dv, BK key channels at a time. Reads q, k, v, do, the gates
-    and four states once; each V block writes its part of dq, dk and dg.
+    Grid (B * H * chunks, V / BV). On chip: A^T, dA and dv, BK key channels at a time. Reads q, k, v, do, the gates and
+    four states once; each V block writes its part of dq, dk and dg.
     """
     i_group = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -62,6 +93,10 @@ def gated_linear_attention_bwd_kernel(
     b_own = 2.0 * tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), 1)[:, None]
     b_AT = tl.zeros((C, C), dtype=tl.float32)  # [s, t]
     b_dv = tl.zeros((C, BV), dtype=tl.float32)
+    m_after = o_t[:, None] > o_t[None, :]
+    m_before = o_t[:, None] < o_t[None, :]
+    b_up_to = _ones_where(o_t[:, None] >= o_t[None, :], DOT)
+    b_from = _ones_where(o_t[:, None] <= o_t[None, :], DOT)
     b_one = tl.full((C, BK), 1.0, tl.float32)
     b_zero = tl.zeros((C, BK), dtype=tl.float32)
     for i_k in range(K // BK):
@@ -72,25 +107,39 @@ def gated_linear_attention_bwd_kernel(
         b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
         b_totalf = tl.exp2(tl.sum(b_gf, 0))
         b_totalb = tl.exp2(tl.sum(b_gb, 0))
-        if _all_near(b_gf, b_gb):
-            b_pf, b_sf, b_pb, b_sb, b_rf, b_rb = _factors(b_gf, b_gb)
-            m_after = o_t[:, None] > o_t[None, :]
-            m_before = o_t[:, None] < o_t[None, :]
+        b_f, b_b, near = _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT)
+        if near:
+            b_pf, b_rf = tl.exp2(b_f), tl.exp2(-b_f)
             b_ql = (b_q * b_pf).to(DOT)
             b_kl = (b_k * b_rf).to(DOT)
             b_AT += tl.where(m_after, 0.0, _dot(b_kl, tl.trans(b_ql), DOT, PRECISION))  # [s, t], s <= t
             b_dAl = tl.where(m_after, b_dA, 0.0)  # [t, s], s < t
             b_dq = _dot(b_dAl, b_kl, DOT, PRECISION) * b_pf
             b_dk = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_rf
-            b_nf = b_q * b_dq - b_k * b_dk
+            b_dq, b_dk, b_dv, b_dgf = _through_states(
+                b_dq, b_dk, b_dv, b_q * b_dq - b_k * b_dk, b_q, b_k, b_v, b_do, b_pf, b_rf * b_totalf, b_totalf, b_from,
+                p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+                K, V, TWO_LEVEL, DOT, PRECISION,
+            )  # fmt: skip
+            b_pb, b_rb = tl.exp2(b_b), tl.exp2(-b_b)
             b_ql = (b_q * b_pb).to(DOT)
             b_kl = (b_k * b_rb).to(DOT)
             b_AT += tl.where(m_before, 0.0, _dot(b_kl, tl.trans(b_ql), DOT, PRECISION))  # s >= t
             b_dAl = tl.where(m_before, b_dA, 0.0)  # s > t
-            b_dq += _dot(b_dAl, b_kl, DOT, PRECISION) * b_pb
-            b_dk += _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_rb
+            b_dql = _dot(b_dAl, b_kl, DOT, PRECISION) * b_pb
+            b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_rb
+            b_dq, b_dk, b_dv, b_dgb = _through_states(
+                b_dq + b_dql, b_dk + b_dkl, b_dv, b_q * b_dql - b_k * b_dkl, b_q, b_k, b_v, b_do, b_pb, b_rb * b_totalb,
+                b_totalb, b_up_to,
+                p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+                K, V, TWO_LEVEL, DOT, PRECISION,
+            )  # fmt: skip
         else:
-            b_pf, b_sf, b_pb, b_sb = tl.exp2(b_gf), b_one, tl.exp2(b_gb), b_one
+            # Gates are read once more: what the levels do to the layout of a tile must not slow down the other branch.
+            b_gf = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
+            b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
+            b_pf, b_pb = tl.exp2(b_gf), tl.exp2(b_gb)
+            b_sf, b_sb = b_one, b_one
             b_dq, b_dk, b_nf = b_zero, b_zero, b_zero
             b_AT += tl.where(o_t[:, None] == o_t[None, :], 2.0 * tl.sum(b_q * b_k, 1)[:, None], 0.0)
             for level in range(LEVELS):
@@ -108,49 +157,19 @@ def gated_linear_attention_bwd_kernel(
                 b_dk += b_dkl
                 b_nf += tl.where(m_upper, b_q * b_dql, -b_k * b_dkl)
                 b_pf, b_sf, b_pb, b_sb = _double(b_pf, b_sf, b_pb, b_sb, o_t, level)
-        b_nb = b_q * b_dq - b_k * b_dk - b_nf
+            b_nb = b_q * b_dq - b_k * b_dk - b_nf
+            b_dq, b_dk, b_dv, b_dgf = _through_states(
+                b_dq, b_dk, b_dv, b_nf, b_q, b_k, b_v, b_do, b_pf, b_sf, b_totalf, b_from,
+                p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+                K, V, TWO_LEVEL, DOT, PRECISION,
+            )  # fmt: skip
+            b_dq, b_dk, b_dv, b_dgb = _through_states(
+                b_dq, b_dk, b_dv, b_nb, b_q, b_k, b_v, b_do, b_pb, b_sb, b_totalb, b_up_to,
+                p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+                K, V, TWO_LEVEL, DOT, PRECISION,
+            )  # fmt: skip
         b_dq += b_own * b_k
         b_dk += b_own * b_q
-
-        # Read once more, from the cache: they would fill the registers of the loop over levels.
-        b_v = _load_rows(p_v, o_n, m_n, o_v, stride_vn).to(DOT)
-        b_do = _load_rows(p_do, o_n, m_n, o_v, stride_don).to(DOT)
-        # Through the forward direction's states.
-        b_s = _load_state(
-            p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_ds = _load_state(
-            p_tiles, p_sums, p_entries, 2, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_through = _dot(b_do, tl.trans(b_s), DOT, PRECISION) * b_pf
-        b_dq += b_through
-        b_nf += b_q * b_through
-        b_through = _dot(b_v, tl.trans(b_ds), DOT, PRECISION) * b_sf
-        b_dk += b_through
-        b_through *= b_k
-        b_passed = b_totalf * tl.sum(b_s * b_ds, 1) + tl.sum(b_through, 0)
-        b_dgf = tl.cumsum(b_nf - b_through, 0, reverse=True) + b_passed[None, :]
-        b_dv += _dot(b_k * b_sf, b_ds, DOT, PRECISION)
-        # Through the backward direction's states.
-        b_s = _load_state(
-            p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_ds = _load_state(
-            p_tiles, p_sums, p_entries, 3, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_through = _dot(b_do, tl.trans(b_s), DOT, PRECISION) * b_pb
-        b_dq += b_through
-        b_nb += b_q * b_through
-        b_through = _dot(b_v, tl.trans(b_ds), DOT, PRECISION) * b_sb
-        b_dk += b_through
-        b_through *= b_k
-        b_passed = b_totalb * tl.sum(b_s * b_ds, 1) + tl.sum(b_through, 0)
-        b_dgb = tl.cumsum(b_nb - b_through, 0) + b_passed[None, :]
-        b_dv += _dot(b_k * b_sb, b_ds, DOT, PRECISION)
 
         o_key = (i_part * length + o_row) * (heads * K) + i_h * K + o_c[None, :]
         tl.store(p_dq + o_key, (b_dq * SCALE).to(p_dq.dtype.element_ty), mask=m_row)
@@ -167,7 +186,6 @@ def gated_linear_attention_bwd_kernel(
         o_gate = (i_part * length + o_row) * (2 * heads * K) + i_h * K + o_c[None, :]
         tl.store(p_dg + o_gate, b_dgf.to(p_dg.dtype.element_ty), mask=m_row)
         tl.store(p_dg + o_gate + heads * K, b_dgb.to(p_dg.dtype.element_ty), mask=m_row)
-    b_do = _load_rows(p_do, o_n, m_n, o_v, stride_don).to(DOT)
     b_dv += _dot(b_AT, b_do, DOT, PRECISION)
     p_dv += (i_b * length + o_row) * (heads * V) + i_h * V + o_v[None, :]
     tl.store(p_dv, (b_dv * SCALE).to(p_dv.dtype.element_ty), mask=m_row)

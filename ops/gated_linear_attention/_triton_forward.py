@@ -4,15 +4,15 @@ import triton
 import triton.language as tl
 
 from subquad.ops.gated_linear_attention._triton_tiles import (
-    _all_near,
     _dot,
     _double,
-    _factors,
     _kernel,
     _load_log_decays,
     _load_rows,
     _load_state,
-    _log_decays,
+    _ones_where,
+    _sums,
+    _sums_of_decays,
 )
 
 
@@ -34,12 +34,11 @@ def gated_linear_attention_states_kernel(
         S' = exp(sum of gf) S + sum_s k_s sf_s v_s^T            dS' = exp(sum of gf) dS + sum_t q_t pf_t do_t^T
 
     and P, dP the same with the backward decays (pf to sb as in ``_double``). All four are one walk: S and dP from the
-    first chunk, P and dS from the last; rows in the order in which the factor is a product over the rows before, for S
-    and P without the row's own decay.
+    first chunk, P and dS from the last.
 
     Grid (B * H * segments * kinds, V / BV), neighbours share tokens. On chip: one state [K, BV] in float32. Reads k, v
-    (q, do) and one direction's gates, writes a state for every C tokens; with TWO_LEVEL also the sum of log decays since
-    the walk's start for each chunk, and what leaves the segment.
+    (q, do) and one direction's gates, writes a state for every C tokens; with TWO_LEVEL also the sum of log decays
+    since the walk's start for each chunk, and what leaves the segment.
     """
     kind = tl.program_id(0) % kinds
     i_segment = tl.program_id(0) // kinds % segments
@@ -59,14 +58,13 @@ def gated_linear_attention_states_kernel(
             p_k = p_q
             stride_xn = stride_qn
     p_g += i_b * stride_gb + i_h * stride_gh + backwards * stride_gd
-    o_j = tl.arange(0, C)
+    o_t = tl.arange(0, C)
     o_c = tl.arange(0, K)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     o_state = o_c[:, None] * V + o_v[None, :]
-    # Rows in the order of the product: ascending for P (before s) and dS (up to t), descending for S and dP.
-    first_row = (1 - from_last) * (C - 1)
-    step_row = 2 * from_last - 1
-    own = 1 - is_adjoint
+    # The rows whose decays make up the factor of a row: r < t for P, r <= t for dS, r > t for S, r >= t for dP.
+    o_before = (o_t[:, None] - o_t[None, :]) * (2 * from_last - 1)
+    b_rows = _ones_where(o_before >= 1 - is_adjoint, DOT)
     i_row = (kind * groups + i_group).to(tl.int64)
     b_h = tl.zeros((K, BV), dtype=tl.float32)
     b_sum = tl.zeros((K,), dtype=tl.float32)
@@ -78,18 +76,12 @@ def gated_linear_attention_states_kernel(
         tl.store(p_tiles + i_chunk * (K * V) + o_state, b_h.to(p_tiles.dtype.element_ty))
         if TWO_LEVEL:
             tl.store(p_sums + i_chunk * K + o_c, b_sum)
-        o_n = chunk * C + first_row + step_row * o_j
+        o_n = chunk * C + o_t
         m_n = o_n < length
         b_x = _load_rows(p_k, o_n, m_n, o_c, stride_xn).to(tl.float32)  # [C, K]
-        # For S and P shifted by one row and the last row apart: a difference would lose digits.
-        o_gate = o_n - own * step_row
-        m_gate = (o_gate < length) & (o_j >= own)
-        b_g = _load_log_decays(p_g, o_gate, m_gate, o_c, stride_gn, INVERSE, LOGITS)  # [C, K]
-        o_last = chunk * C + from_last * (C - 1) + tl.zeros((K,), tl.int32)
-        m_last = o_last < tl.where(own == 1, length, 0)
-        b_last = tl.load(p_g + o_last.to(tl.int64) * stride_gn + o_c, mask=m_last, other=0.0)
-        b_total = tl.sum(b_g, 0) + tl.where(m_last, _log_decays(b_last, INVERSE, LOGITS), 0.0)
-        b_x *= tl.exp2(tl.cumsum(b_g, 0))
+        b_g = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)  # [C, K]
+        b_total = tl.sum(b_g, 0)
+        b_x *= tl.exp2(_sums(b_rows, b_g, DOT))
         if GRAD:
             if is_adjoint == 1:
                 b_y = _load_rows(p_do, o_n, m_n, o_v, stride_don).to(DOT)  # [C, BV]
@@ -157,9 +149,10 @@ def gated_linear_attention_fwd_kernel(
     """o_t = SCALE * (q_t pf_t S + q_t pb_t P + sum_s A_ts v_s), with S and P the states that enter t's chunk.
 
     A_ts = sum_c q_tc k_sc times the decay between s and t in the direction that leads from s to t; A_tt counts twice.
-    Pairs are taken by the highest bit in which t and s differ: rows t and s then lie in neighbouring blocks of
-    2 ** level rows, and the decay between them is a factor of t in its block times a factor of s in its (``_double``).
-    So a level is one product of [C, BK] with [BK, C] for both directions.
+    Where the chunk's decays are near, the decay is pf_t / pf_s for s < t and pb_t / pb_s for s > t: a product of
+    [C, BK] with [BK, C] for each direction. Otherwise pairs are taken by the highest bit in which t and s differ: both
+    then lie in neighbouring blocks of 2 ** level rows, and the decay between them is a factor of t in its block times a
+    factor of s in its (``_double``): one product for a level and both directions.
 
     Grid (B * H * chunks, V / BV). On chip: A and o in float32, BK key channels at a time. Reads q, k, v and the gates
     once, S and P, writes o.
@@ -178,6 +171,8 @@ def gated_linear_attention_fwd_kernel(
     p_g += i_b * stride_gb + i_h * stride_gh
     b_A = tl.zeros((C, C), dtype=tl.float32)
     b_o = tl.zeros((C, BV), dtype=tl.float32)
+    b_up_to = _ones_where(o_t[:, None] >= o_t[None, :], DOT)
+    b_from = _ones_where(o_t[:, None] <= o_t[None, :], DOT)
     b_one = tl.full((C, BK), 1.0, tl.float32)
     for i_k in range(K // BK):
         o_c = i_k * BK + tl.arange(0, BK)
@@ -185,14 +180,20 @@ def gated_linear_attention_fwd_kernel(
         b_k = _load_rows(p_k, o_n, m_n, o_c, stride_kn).to(tl.float32)
         b_gf = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
         b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
-        if _all_near(b_gf, b_gb):
-            b_pf, b_sf, b_pb, b_sb, b_rf, b_rb = _factors(b_gf, b_gb)
-            b_f = _dot(b_q * b_pf, tl.trans(b_k * b_rf), DOT, PRECISION)
-            b_b = _dot(b_q * b_pb, tl.trans(b_k * b_rb), DOT, PRECISION)
-            b_A += tl.where(o_t[:, None] >= o_t[None, :], b_f, 0.0) + tl.where(o_t[:, None] <= o_t[None, :], b_b, 0.0)
+        b_f, b_b, near = _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT)
+        if near:
+            b_pf, b_pb, b_rf, b_rb = tl.exp2(b_f), tl.exp2(b_b), tl.exp2(-b_f), tl.exp2(-b_b)
+            b_pairs = _dot(b_q * b_pf, tl.trans(b_k * b_rf), DOT, PRECISION)
+            b_A += tl.where(o_t[:, None] >= o_t[None, :], b_pairs, 0.0)
+            b_pairs = _dot(b_q * b_pb, tl.trans(b_k * b_rb), DOT, PRECISION)
+            b_A += tl.where(o_t[:, None] <= o_t[None, :], b_pairs, 0.0)
         else:
+            # Gates are read once more: what the levels do to the layout of a tile must not slow down the other branch.
+            b_gf = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
+            b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
             b_A += tl.where(o_t[:, None] == o_t[None, :], 2.0 * tl.sum(b_q * b_k, 1)[:, None], 0.0)
-            b_pf, b_sf, b_pb, b_sb = tl.exp2(b_gf), b_one, tl.exp2(b_gb), b_one
+            b_pf, b_pb = tl.exp2(b_gf), tl.exp2(b_gb)
+            b_sf, b_sb = b_one, b_one
             for level in range(LEVELS):
                 m_upper = ((o_t >> level) & 1 == 1)[:, None]
                 m_pair = (o_t >> level)[:, None] ^ (o_t >> level)[None, :] == 1

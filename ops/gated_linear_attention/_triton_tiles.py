@@ -68,25 +68,29 @@ def _dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _all_near(b_gf, b_gb):
-    """Whether no channel decays so far within the chunk that the reciprocal of its decay must be avoided."""
-    return tl.min(tl.minimum(tl.sum(b_gf, 0), tl.sum(b_gb, 0)), 0) > _FAR
+def _ones_where(m, DOT: tl.constexpr):
+    """A matrix of ones and zeros, without a conversion from float32."""
+    return tl.where(m, tl.full(m.shape, 1.0, DOT), tl.full(m.shape, 0.0, DOT))
 
 
 @triton.jit
-def _factors(b_gf, b_gb):
-    """Decay factors pf, sf, pb, sb as in ``_double`` with the chunk as the block, and the reciprocals rf, rb by which
+def _sums(b_rows, b_g, DOT: tl.constexpr):
+    """b_rows b_g for a matrix of ones and zeros, b_g with 16 bits or more: sums over rows by tensor cores."""
+    if DOT.primitive_bitwidth == 32:
+        return tl.dot(b_rows, b_g, input_precision="tf32x3")
+    b_high = b_g.to(DOT)
+    return tl.dot(b_rows, b_high) + tl.dot(b_rows, (b_g - b_high.to(tl.float32)).to(DOT))
 
-    pf_t rf_s and pb_t rb_s are the decays between rows s and t of either direction. For chunks that are ``_all_near``:
-    differences of sums then lose no digits that matter.
+
+@triton.jit
+def _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT: tl.constexpr):
+    """Log decays from where either direction enters the chunk up to each row, with the row's own; and whether all are
+
+    so near that their reciprocals may be used.
     """
-    b_f = tl.cumsum(b_gf, 0)
-    b_b = tl.cumsum(b_gb, 0) - b_gb
-    b_totalf = tl.sum(b_gf, 0)[None, :]
-    b_totalb = tl.sum(b_gb, 0)[None, :]
-    b_pf, b_sf = tl.exp2(b_f), tl.exp2(b_totalf - b_f)
-    b_pb, b_sb = tl.exp2(b_totalb - b_b), tl.exp2(b_b)
-    return b_pf, b_sf, b_pb, b_sb, b_sf * tl.exp2(-b_totalf), b_sb * tl.exp2(-b_totalb)
+    b_f = _sums(b_up_to, b_gf, DOT)
+    b_b = _sums(b_from, b_gb, DOT)
+    return b_f, b_b, tl.min(tl.minimum(b_f, b_b)) > _FAR
 
 
 @triton.jit

@@ -7,9 +7,9 @@ writes the output. Where images and heads are too few to fill the GPU, the walk 
 zero, ``chain`` carries states from segment to segment, and a chunk's state is corrected by exp(sum of log decays since
 the segment's start) * entering state. The backward pass is the same with adjoint states besides.
 
-Inside a chunk all pairs of tokens meet in products of tensor cores. Where no channel decays by more than 2 ** -80 in the
+Inside a chunk all pairs of tokens meet in products of tensor cores. Where no channel decays below 2 ** -80 in the
 chunk, the decay from row s to row t is a factor of t times the reciprocal of a factor of s. Otherwise pairs are
-taken level by level of a binary tree, with factors that are at most 1 (``gated_linear_attention_fwd_kernel``, ``_double``).
+taken level by level of a binary tree, with factors that are at most 1 (see ``gated_linear_attention_fwd_kernel``).
 Which of the two a program does depends on its chunk's gates alone. So nothing overflows, and a decay of exp(-20) or 0
 is like any other.
 
@@ -49,6 +49,7 @@ class Config(NamedTuple):
         keys: most key channels that a program works on at a time.
         values: most columns of v of a program.
         warps: of a program.
+        registers: most of a thread.
         waves: programs wanted for each multiprocessor; a sequence with fewer is cut into segments.
     """
 
@@ -56,29 +57,41 @@ class Config(NamedTuple):
     keys: int
     values: int
     warps: int
+    registers: int
     waves: int
 
 
 _CONFIGS = {
-    "forward": Config(chunk=64, keys=32, values=64, warps=4, waves=4),
-    "backward": Config(chunk=64, keys=16, values=64, warps=4, waves=4),
+    ("forward", "16-bit operands"): Config(chunk=64, keys=32, values=64, warps=4, registers=168, waves=4),
+    ("forward", "32-bit operands"): Config(chunk=32, keys=32, values=64, warps=4, registers=255, waves=4),
+    ("forward", "many keys"): Config(chunk=32, keys=32, values=32, warps=4, registers=255, waves=4),
+    ("backward", "16-bit operands"): Config(chunk=64, keys=32, values=64, warps=4, registers=255, waves=4),
+    ("backward", "32-bit operands"): Config(chunk=32, keys=16, values=64, warps=4, registers=255, waves=4),
+    ("backward", "many keys"): Config(chunk=32, keys=16, values=32, warps=4, registers=255, waves=4),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
 _CANDIDATES = [
-    Config(chunk, keys, values, warps, waves)
-    for chunk in (16, 32, 64)
+    Config(chunk, keys, values, warps, registers, waves)
+    for chunk, warps in ((32, 2), (64, 4))
     for keys in (16, 32)
     for values in (32, 64)
-    for warps in (2, 4)
+    for registers in (168, 255)
     for waves in (2, 4)
 ]
+
+
+def _default_config(which: str, call: GatedCall) -> Config:
+    """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
+    if call.q.shape[-1] > 64:
+        return _CONFIGS[which, "many keys"]
+    return _CONFIGS[which, "16-bit operands" if call.q.dtype == torch.bfloat16 else "32-bit operands"]
 
 
 def _config_for(which: str, call: GatedCall, run: Callable[[Config], object]) -> Config:
     """The table's launch choices, or with ``SUBQUAD_AUTOTUNE=1`` the fastest candidate."""
     key = ("gated_linear_attention", which, *call.q.shape, call.v.shape[-1], call.q.dtype, call.gate_normalizer)
-    return _triton.tuned(key, call.q, _CANDIDATES, _CONFIGS[which], run)
+    return _triton.tuned(key, call.q, _CANDIDATES, _default_config(which, call), run)
 
 
 class _Plan(NamedTuple):
@@ -148,6 +161,7 @@ def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
         "DOT": tl.bfloat16 if narrow and not _triton.interpreting() else tl.float32,
         "PRECISION": "tf32x3" if call.q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps,
+        "maxnreg": config.registers,
         "num_stages": 1,
     }
     return _Plan(
@@ -171,7 +185,7 @@ def _compile_ahead(call: GatedCall, config: Config) -> None:
     with _triton.compiling_ahead(call.q.device):
         out = _forward(meta, config)
         if any(value.requires_grad for value in call[:4]):
-            _backward(meta, out, _CONFIGS["backward"])
+            _backward(meta, out, _default_config("backward", call))
 
 
 class _Between(NamedTuple):
@@ -202,7 +216,7 @@ def _states(call: GatedCall, grad: Tensor | None, plan: _Plan) -> _Between:
         gated_linear_attention_states_kernel,
         (groups * plan.segments * kinds, plan.value_blocks, 1),
         (*call[:4], grad, tiles, sums, ends, totals, *_strides(*call[:4], grad), *plan.sizes, kinds),
-        {**plan.meta, "GRAD": kinds == 4, "num_stages": 2},
+        {**plan.meta, "GRAD": kinds == 4, "num_stages": 2, "maxnreg": 255},
     )
     if not plan.two_level:
         return _Between(tiles, tiles, tiles)
