@@ -177,11 +177,10 @@ def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
 
 def _compile_ahead(call: GatedCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    tensors = {
-        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        for name, value in zip(("q", "k", "v", "gates"), call[:4], strict=True)
-    }
-    meta = call._replace(**tensors)
+    q, k, v, gates = (
+        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta") for value in call[:4]
+    )
+    meta = call._replace(q=q, k=k, v=v, gates=gates)
     with _triton.compiling_ahead(call.q.device):
         out = _forward(meta, config)
         if any(value.requires_grad for value in call[:4]):
