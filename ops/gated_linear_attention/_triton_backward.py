@@ -66,7 +66,8 @@ def gated_linear_attention_bwd_kernel(
 
     The pairs are taken level by level as in the forward pass. The gradient of a log decay is the sum of those of all
     exponents that it is part of: q dq of the rows that it leads to, k dk of the rows that it comes from, and
-    exp(total) S dS for what passes. Pairs that lie on one side of it cancel, within the chunk.
+    exp(total) S dS for what passes. Pairs that lie on one side of it cancel, within the chunk: to float32 rounding,
+    because q dq and k dk are made of the same rounded operands.
 
     Grid (B * H * chunks, V / BV). On chip: A^T, dA and dv, BK key channels at a time. Reads q, k, v, do, the gates and
     four states once; each V block writes its part of dq, dk and dg.
@@ -114,10 +115,11 @@ def gated_linear_attention_bwd_kernel(
             b_kl = (b_k * b_rf).to(DOT)
             b_AT += tl.where(m_after, 0.0, _dot(b_kl, tl.trans(b_ql), DOT, PRECISION))  # [s, t], s <= t
             b_dAl = tl.where(m_after, b_dA, 0.0)  # [t, s], s < t
-            b_dq = _dot(b_dAl, b_kl, DOT, PRECISION) * b_pf
-            b_dk = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_rf
+            b_dql = _dot(b_dAl, b_kl, DOT, PRECISION)
+            b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION)
             b_dq, b_dk, b_dv, b_dgf = _through_states(
-                b_dq, b_dk, b_dv, b_q * b_dq - b_k * b_dk, b_q, b_k, b_v, b_do, b_pf, b_rf * b_totalf, b_totalf, b_from,
+                b_dql * b_pf, b_dkl * b_rf, b_dv, b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl,
+                b_q, b_k, b_v, b_do, b_pf, b_rf * b_totalf, b_totalf, b_from,
                 p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
                 K, V, TWO_LEVEL, DOT, PRECISION,
             )  # fmt: skip
@@ -126,11 +128,12 @@ def gated_linear_attention_bwd_kernel(
             b_kl = (b_k * b_rb).to(DOT)
             b_AT += tl.where(m_before, 0.0, _dot(b_kl, tl.trans(b_ql), DOT, PRECISION))  # s >= t
             b_dAl = tl.where(m_before, b_dA, 0.0)  # s > t
-            b_dql = _dot(b_dAl, b_kl, DOT, PRECISION) * b_pb
-            b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_rb
+            b_dql = _dot(b_dAl, b_kl, DOT, PRECISION)
+            b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION)
             b_dq, b_dk, b_dv, b_dgb = _through_states(
-                b_dq + b_dql, b_dk + b_dkl, b_dv, b_q * b_dql - b_k * b_dkl, b_q, b_k, b_v, b_do, b_pb, b_rb * b_totalb,
-                b_totalb, b_up_to,
+                b_dq + b_dql * b_pb, b_dk + b_dkl * b_rb, b_dv,
+                b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl,
+                b_q, b_k, b_v, b_do, b_pb, b_rb * b_totalb, b_totalb, b_up_to,
                 p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
                 K, V, TWO_LEVEL, DOT, PRECISION,
             )  # fmt: skip
@@ -140,7 +143,7 @@ def gated_linear_attention_bwd_kernel(
             b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
             b_pf, b_pb = tl.exp2(b_gf), tl.exp2(b_gb)
             b_sf, b_sb = b_one, b_one
-            b_dq, b_dk, b_nf = b_zero, b_zero, b_zero
+            b_dq, b_dk, b_nf, b_nb = b_zero, b_zero, b_zero, b_zero
             b_AT += tl.where(o_t[:, None] == o_t[None, :], 2.0 * tl.sum(b_q * b_k, 1)[:, None], 0.0)
             for level in range(LEVELS):
                 m_upper = ((o_t >> level) & 1 == 1)[:, None]
@@ -151,13 +154,15 @@ def gated_linear_attention_bwd_kernel(
                 b_kl = (b_k * b_fk).to(DOT)
                 b_AT += tl.where(m_pair, _dot(b_kl, tl.trans(b_ql), DOT, PRECISION), 0.0)
                 b_dAl = tl.where(m_pair, b_dA, 0.0)
-                b_dql = _dot(b_dAl, b_kl, DOT, PRECISION) * b_fq
-                b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION) * b_fk
-                b_dq += b_dql
-                b_dk += b_dkl
-                b_nf += tl.where(m_upper, b_q * b_dql, -b_k * b_dkl)
+                b_dql = _dot(b_dAl, b_kl, DOT, PRECISION)
+                b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION)
+                b_dq += b_dql * b_fq
+                b_dk += b_dkl * b_fk
+                b_nq = b_ql.to(tl.float32) * b_dql
+                b_nk = -b_kl.to(tl.float32) * b_dkl
+                b_nf += tl.where(m_upper, b_nq, b_nk)
+                b_nb += tl.where(m_upper, b_nk, b_nq)
                 b_pf, b_sf, b_pb, b_sb = _double(b_pf, b_sf, b_pb, b_sb, o_t, level)
-            b_nb = b_q * b_dq - b_k * b_dk - b_nf
             b_dq, b_dk, b_dv, b_dgf = _through_states(
                 b_dq, b_dk, b_dv, b_nf, b_q, b_k, b_v, b_do, b_pf, b_sf, b_totalf, b_from,
                 p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,

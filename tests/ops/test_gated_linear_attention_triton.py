@@ -178,16 +178,28 @@ def test_interpreted_dispatch() -> None:
     assert "float64" in explain(16, torch.float64).passed_over["triton"]
 
 
+# Kernels are compiled for each dtype and head size: bfloat16 for everything, others where they differ.
+OTHER_DTYPES = ("one chunk", "segments of chunks", "e^-20 or none", "e^-20 always")
+LARGE_FP32 = ("vig 1024", "keys 128", "strong and no decay")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in SMALL]
+    + [(name, dtype) for name in OTHER_DTYPES for dtype in (torch.float32, torch.float16)],
+    ids=str,
+)
 def test_gpu_small(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     check(SMALL[name], dtype, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in LARGE] + [(name, torch.float32) for name in LARGE_FP32],
+    ids=str,
+)
 def test_gpu_large(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     """Against the PyTorch path in float64 on the GPU, which is tested against the reference on the CPU."""
     case = LARGE[name]
@@ -197,16 +209,20 @@ def test_gpu_large(name: str, dtype: torch.dtype, poisoned_memory: None) -> None
 
 
 @pytest.mark.gpu
-def test_gpu_every_launch_choice() -> None:
-    """What ``SUBQUAD_AUTOTUNE=1`` may pick is right too, where it fits the GPU."""
+@pytest.mark.parametrize("values", [32, 64])
+@pytest.mark.parametrize("keys", [16, 32])
+@pytest.mark.parametrize(("chunk", "warps"), [(32, 2), (64, 4)])
+def test_gpu_other_launch_choices(chunk: int, warps: int, keys: int, values: int) -> None:
+    """What ``SUBQUAD_AUTOTUNE=1`` may pick is right too."""
     triton_impl = import_module("subquad.ops.gated_linear_attention.triton_impl")  # imports triton
     case = Case(2, 150, 2, 32, 64)
     arguments = inputs(case, torch.bfloat16)
     expected = run(arguments, torch.float64, "torch", "cuda", **options(case))
     call = prepare(**convert(arguments, torch.bfloat16, "cuda"), **options(case))
-    for config in sorted({config._replace(waves=2) for config in triton_impl._CANDIDATES}):
-        found = {"out": triton_impl._forward(call, config).double().cpu()}
-        assert_near(found, {"out": expected["out"]}, TOLERANCE[torch.bfloat16])
+    config = triton_impl.Config(chunk, keys, values, warps, registers=255, waves=2)
+    assert config in triton_impl._CANDIDATES
+    found = {"out": triton_impl._forward(call, config).double().cpu()}
+    assert_near(found, {"out": expected["out"]}, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.gpu
