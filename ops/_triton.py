@@ -177,7 +177,7 @@ class Launcher:
             run(*arguments, *constants)
             return
         constants = tuple(meta[constant] for constant in kernel.arg_names[len(arguments) :])
-        options = {option: meta[option] for option in ("num_warps", "num_stages") if option in meta}
+        options = {option: meta[option] for option in ("num_warps", "num_stages", "maxnreg") if option in meta}
         device = self._device or next(value.device for value in arguments if isinstance(value, torch.Tensor))
         job = (kernel.__name__, device, constants, *options.values(), *map(_kind, arguments, _params(kernel)))
         if self._device is not None:
