@@ -10,6 +10,7 @@ from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
 from subquad.ops.selective_scan import selective_scan
+from subquad.ops.window_attention import window_attention, window_attention_packed
 
 __all__ = [
     "Explanation",
@@ -21,4 +22,6 @@ __all__ = [
     "na3d",
     "selective_scan",
     "use_backend",
+    "window_attention",
+    "window_attention_packed",
 ]

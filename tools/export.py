@@ -35,6 +35,7 @@ from subquad.ops.gated_linear_attention import export_form as gated_linear_atten
 from subquad.ops.linear_attention import export_form as linear_attention_form
 from subquad.ops.neighborhood_attention import export_form as neighborhood_attention_form
 from subquad.ops.selective_scan import export_form as selective_scan_form
+from subquad.ops.window_attention import export_form as window_attention_form
 
 with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
     from tyro.conf import arg
@@ -47,6 +48,7 @@ EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.subquad.linear_attention.default: linear_attention_form.export_form,
     torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,
     torch.ops.subquad.selective_scan.default: selective_scan_form.export_form,
+    torch.ops.subquad.window_attention.default: window_attention_form.export_form,
 }
 """For every operator of this library the form in standard operators that ``run_decompositions`` puts in its place."""
 
