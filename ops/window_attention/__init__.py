@@ -324,6 +324,31 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+def _why_not_triton(call: WindowCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.q)) is not None:
+        return reason
+    if call.q.dtype == torch.float64:
+        return "float64 runs in PyTorch"
+    if call.q.shape[0] == 0:
+        return "empty batch"
+    if call.tokens > 64:
+        return f"windows of {call.tokens} tokens, the kernels take up to 64"
+    most = 64 if call.q.dtype == torch.float32 else 128
+    if (widest := max(x.shape[-1] for x in call.parts)) > most:
+        return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"
+    if (largest := max(x.stride(1) * x.shape[1] for x in call.parts)) >= 2**31:
+        return f"an image that spans {largest} elements, the kernels address up to {2**31}"
+    return None
+
+
+def _load_triton() -> Any:
+    from subquad.ops.window_attention import triton_impl
+
+    return triton_impl
+
+
 def _load_torch() -> Any:
     from subquad.ops.window_attention import torch_impl
 
@@ -334,6 +359,7 @@ _dispatch.register(
     _OP,
     prepare,
     (
+        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
         _dispatch.Implementation("torch", lambda call: None, _load_torch),
         _dispatch.Implementation("reference", lambda call: None, lambda: reference),
     ),
