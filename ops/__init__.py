@@ -9,7 +9,9 @@ from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
+from subquad.ops.region_attention import region_attention, route_regions
 from subquad.ops.selective_scan import selective_scan
+from subquad.ops.window_attention import window_attention, window_attention_packed
 
 __all__ = [
     "Explanation",
@@ -19,6 +21,10 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "region_attention",
+    "route_regions",
     "selective_scan",
     "use_backend",
+    "window_attention",
+    "window_attention_packed",
 ]

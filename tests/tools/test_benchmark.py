@@ -29,6 +29,7 @@ from subquad.tools.benchmarks.registry import Case, OpEntry, Recorded, System, T
 SCAN = ops.OPS["selective_scan"]
 GATED = ops.OPS["gated_linear_attention"]
 NEIGHBORHOOD = ops.OPS["neighborhood_attention"]
+WINDOW = ops.OPS["window_attention"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
 
@@ -397,10 +398,18 @@ def test_core_off_skips_the_op_and_puts_it_back() -> None:
     assert layers.selective_scan is real
 
 
+@pytest.mark.parametrize("variant", WINDOW.variants)
+def test_peers_that_copy_windows_compute_the_same(quick: dict[str, Any], variant: str) -> None:
+    options = OpsOptions(**{"shapes": ("2x8x15x2x8",), "variants": (variant,), **quick})
+    rows = ops.run(options, {WINDOW.name: WINDOW})
+    assert {row["system"]: row["status"] for row in rows} == dict.fromkeys(("ours", "timm_eager", "sdpa"), "ok")
+
+
 def test_plan_of_a_sweep() -> None:
     jobs = models.plan(ModelsOptions(peers=("swin*", "resnet50"), resolutions=(224, 1024), batch=128), CPU)
     names = [job.system.name for job in jobs if (job.resolution, job.mode) == (1024, "eager")]
-    assert names == ["vmamba_tiny", "vmamba_tiny, core off", "swin_tiny_patch4_window7_224", "resnet50"]
+    swin = "swin_tiny_patch4_window7_224"
+    assert names == ["vmamba_tiny", "vmamba_tiny, core off", swin, f"{swin}, patched", "resnet50"]
     assert {job.batch for job in jobs if job.resolution == 1024} == {8}
     order = list(dict.fromkeys((job.mode, job.batch == 1) for job in jobs))
     assert order == [("eager", False), ("eager", True), ("cuda graph", True), ("compiled", False)]

@@ -20,6 +20,7 @@ from subquad.tools.benchmarks import (
     neighborhood_attention,
     report,
     selective_scan,
+    window_attention,
 )
 from subquad.tools.benchmarks.measure import Budget, Ceilings, Deadline
 from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, System, Tensors, select
@@ -31,6 +32,7 @@ OPS: dict[str, OpEntry] = {
         gated_linear_attention.ENTRY,
         neighborhood_attention.ENTRY,
         selective_scan.ENTRY,
+        window_attention.ENTRY,
     )
 }
 
