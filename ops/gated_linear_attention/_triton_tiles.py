@@ -84,10 +84,7 @@ def _sums(b_rows, b_g, DOT: tl.constexpr):
 
 @triton.jit
 def _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT: tl.constexpr):
-    """Log decays from where either direction enters the chunk up to each row, with the row's own; and whether all are
-
-    so near that their reciprocals may be used.
-    """
+    """Logarithms of pf and pb as in ``_double`` with the chunk as the block, and whether all may be inverted."""
     b_f = _sums(b_up_to, b_gf, DOT)
     b_b = _sums(b_from, b_gb, DOT)
     return b_f, b_b, tl.min(tl.minimum(b_f, b_b)) > _FAR

@@ -188,11 +188,12 @@ def _compile_ahead(call: GatedCall, config: Config) -> None:
 
 
 class _Between(NamedTuple):
-    """What the kernels hand to each other: for S and P, and with gradients for dS and dP, what enters
+    """What the kernels hand to each other, for S and P and with gradients for dS and dP.
 
-    each chunk (kinds, B * H, chunks, d_k * d_v), from zero at the start of its segment;
-    the sums of log decays since there, (kinds, B * H, chunks, d_k);
-    each segment (kinds, B * H, segments, d_k * d_v).
+    Attributes:
+        tiles: (kinds, B * H, chunks, d_k * d_v), what enters each chunk when zero enters its segment.
+        sums: (kinds, B * H, chunks, d_k), sums of log decays since the segment's start.
+        entries: (kinds, B * H, segments, d_k * d_v), what enters each segment.
     """
 
     tiles: Tensor
