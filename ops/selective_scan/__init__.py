@@ -349,6 +349,8 @@ def _why_not_triton(call: ScanCall) -> str | None:
         return f"{len(call.routes)} routes, the kernels take up to 32"
     if call.x.shape[0] > 2**17:
         return f"{call.x.shape[0]} images, the kernels take up to {2**17}"
+    if call.x.shape[1] * call.x.shape[2] > 2**30:
+        return f"{call.x.shape[1] * call.x.shape[2]} pixels, the kernels take up to {2**30}"
     return None
 
 

@@ -57,7 +57,7 @@ def selective_scan_bwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    path = _path(p_table, routes, group, length, height, width, magic, shift)
+    path = _path(p_table, routes, group, k_f, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -287,7 +287,7 @@ def selective_scan_bwd_kernel(
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
-    path = _path(p_table, routes, 0, length, height, width, magic, shift)
+    path = _path(p_table, routes, 0, k_f, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     dtype: tl.constexpr = p_x.dtype.element_ty
     i_program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)

@@ -51,7 +51,7 @@ def selective_scan_fwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    path = _path(p_table, routes, group, length, height, width, magic, shift)
+    path = _path(p_table, routes, group, k_f, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -172,7 +172,7 @@ def selective_scan_fwd_kernel(
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
-    path = _path(p_table, routes, 0, length, height, width, magic, shift)
+    path = _path(p_table, routes, 0, k_f, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)

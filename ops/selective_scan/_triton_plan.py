@@ -21,7 +21,6 @@ from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
 _MOST_PLANS = 256  # a bound for programs that see images of any size
 LANES = 4
-_TABLE_FROM = 2048  # steps of a path; making a table takes longer than what kernels gain on smaller maps
 
 
 class Config(NamedTuple):
@@ -131,30 +130,6 @@ class Plan(NamedTuple):
         return max(map(len, self.batches))
 
 
-def make_paths(call: ScanCall, plan: Plan) -> Sequence[Tensor]:
-    """Row-major pixels along each group's path, walked forwards, int32 (groups, L), for a plan whose kernels read them.
-
-    Rows start 16-byte aligned. Made anew for each call, in its stream and memory pool: a table that a graph reads must
-    live as long as the graph.
-    """
-    if not plan.meta["TABLE"]:
-        return [call.x] * len(plan.groups)  # never read
-    height, width = call.x.shape[1:3]
-    length = height * width
-    padded = 4 * triton.cdiv(length, 4)
-    paths = torch.empty(len(plan.groups), padded, dtype=torch.int32, device=call.x.device)[:, :length]
-    rows = torch.arange(length, dtype=torch.int32, device=call.x.device)
-    for group, path in zip(plan.groups, paths, strict=True):
-        if group.code == TABLE:
-            assert call.table is not None
-            path.copy_(call.table[group.forward])
-        elif group.code & COLUMN:
-            path.view(width, height).copy_(rows.view(height, width).t())
-        else:
-            path.copy_(rows)
-    return list(paths)
-
-
 _plans: dict[object, Plan] = {}
 
 
@@ -170,7 +145,7 @@ def plan_for(
     """
     key = (
         which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype,
-        *map(_triton.facts, (*inputs.tensors, call.initial_state, *more)),
+        *map(_triton.facts, (*inputs.tensors, call.initial_state, call.table, *more)),
     )  # fmt: skip
     if _triton.is_compiling_ahead():
         return _make_plan(call, inputs, config)
@@ -225,7 +200,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         "EXACT": call.x.dtype == torch.float32,
         "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
         "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
-        "TABLE": call.table is not None or length >= _TABLE_FROM,
+        "TABLE": call.table is not None,
         "num_warps": 1,
         "num_stages": config.stages,
     }

@@ -132,13 +132,13 @@ def _in_channels(m, o_c, dim, EVEN_C: tl.constexpr):
 
 
 @triton.jit
-def _path(p_table, routes, group, length, height, width, magic, shift):
+def _path(p_table, routes, group, k, length, height, width, magic, shift):
     """What ``_pixels`` knows of a group's path: its row of the table, the steps that a run of pixels one line apart
     takes (1 for rows, height for columns), and how to divide by them.
     """
     column = (routes >> (28 + group)) & 1
     run = 1 + column * (height - 1)
-    return p_table + group * ((length + 3) // 4 * 4), run, width, 1 + column * (magic - 1), column * shift
+    return p_table + k.to(tl.int64) * length, run, width, 1 + column * (magic - 1), column * shift
 
 
 @triton.jit

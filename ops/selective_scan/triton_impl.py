@@ -47,7 +47,6 @@ from subquad.ops.selective_scan._triton_plan import (
     config_for,
     default_config,
     kernel_inputs,
-    make_paths,
     pack_routes,
     plan_for,
 )
@@ -142,7 +141,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     x, meta = inputs.x, plan.meta
     batch, dim, n_routes, state = x.shape[0], x.shape[-1], len(call.routes), meta["N"]
 
-    paths = make_paths(call, plan)
+    table = x if call.table is None else call.table.contiguous()
     y = torch.empty_like(x, dtype=call.out_dtype)
     partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
     states = _scratch(x, batch, n_routes, plan.sizes[4], dim, state)
@@ -165,7 +164,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     selective_scan_fwd_kernel_states,
                     (*plan.grid, len(groups)),
                     (
-                        *shared, paths[first], given, *between, states, waiting,
+                        *shared, table, given, *between, states, waiting,
                         *plan.sizes, pack_routes(groups), batch,
                     ),
                     {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -182,7 +181,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     selective_scan_fwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, paths[number], entries, *_of_group(between, i), states,
+                        *shared, inputs.D, table, entries, *_of_group(between, i), states,
                         partial, y, waiting, *plan.sizes, pack_routes([group]),
                         int(number > 0), int(number == len(plan.groups) - 1),
                     ),
@@ -211,7 +210,7 @@ def _backward(
     blocks, lane_programs = plan.grid
     low_rank = call.dt_weight is not None
 
-    paths = make_paths(call, plan)
+    table = x if call.table is None else call.table.contiguous()
     grad_x = torch.empty_like(x)
     partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
     grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
@@ -244,7 +243,7 @@ def _backward(
                 selective_scan_bwd_kernel_states,
                 (*plan.grid, len(groups)),
                 (
-                    *shared, paths[first], states, given, state_tiles, *between, initial, waiting,
+                    *shared, table, states, given, state_tiles, *between, initial, waiting,
                     *plan.sizes, pack_routes(groups), batch,
                 ),
                 {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -260,7 +259,7 @@ def _backward(
                     selective_scan_bwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, paths[number], states, entries, state_tiles[i],
+                        *shared, inputs.D, table, states, entries, state_tiles[i],
                         *_of_group(between, i), partial, grad_x, grad_dt, rows, weights,
                         params, initial, waiting, *plan.sizes, pack_routes([group]), batch,
                         int(number > 0), int(number == len(plan.groups) - 1),
