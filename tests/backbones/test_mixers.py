@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
-from subquad.backbones.mixers import MIXERS, dynamic_conv, focused_features
+from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 SMALL_SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
@@ -24,6 +25,8 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
         MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN),
         MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=96),
     ]
+    if mixer in BARE_MIXERS:
+        hosts.append(MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}))
     for host in hosts:
         host.eval()
         with torch.no_grad():
@@ -73,6 +76,53 @@ def test_unknown_mixer_and_bad_stages() -> None:
         MixerPVT("inline", (1, 1, 1, 1), mixer_stages=(True,))
     with pytest.raises(ValueError, match="num_heads must divide the channels, got 3 heads for 8 channels"):
         MIXERS["flatten"](8, 3, (2, 2))
+    for number in (0, -4, 8):
+        with pytest.raises(ValueError, match=f"^agents must be a square, got {number}"):
+            MIXERS["agent"](8, 2, (2, 2), agents=number)
+        with pytest.raises(ValueError, match=f"pooled_agents must be a square, got {number}"):
+            MIXERS["agent"](8, 2, (2, 2), pooled_agents=number)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer": "polaformer"}, r"unknown mixer 'polaformer' for CSWin, expected one of \['agent', 'flatten'"),
+        ({"mixer_blocks": (1, 2, 0, 0)}, r"mixer_blocks must be at most depths=\(1, 1, 2, 1\), got \(1, 2, 0, 0\)"),
+        ({"stripes": (1, 2)}, r"stripes must have a width for each of 4 stages but the last, got \(1, 2\)"),
+        ({"stripes": (1, 0, 2)}, r"stripes .* got \(1, 0, 2\)"),
+        ({"mixer_stripes": (0, 0)}, r"mixer_stripes must have a width for each of 4 stages, got \(0, 0\)"),
+        ({"mixer_options": [{}]}, "mixer_options must have one entry for each of 4 stages"),
+        ({"mixer_stripes": (2, 0, 0, 0)}, r"inline predicts one kernel for the whole map, got mixer_stripes=\(2, 0"),
+        ({"num_heads": (1, 2, 2, 4)}, "stripes halve heads and channels, got 1 heads and 8 channels"),
+    ],
+)
+def test_bad_options_of_cswin(options: dict[str, Any], message: str) -> None:
+    good = SMALL_SWIN | {"mixer": "inline", "mixer_blocks": (0, 0, 0, 0), "num_heads": (2, 2, 2, 4)}
+    MixerCSWin(**good)
+    with pytest.raises(ValueError, match=message):
+        MixerCSWin(**good | options)
+
+
+@pytest.mark.parametrize("mixer", ["agent", "inline"])
+def test_scripted_cswin(mixer: str) -> None:
+    """InLine is called with one argument more than the others, Agent lacks a part: TorchScript compiles both."""
+    model = MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}).eval()
+    x = torch.randn(1, 3, 64, 77)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_detectors_pool_to_more_agents() -> None:
+    """The tables stay those of the classifier, whose checkpoint loads; as many as they are for is no change."""
+    options = SMALL_SWIN | {"mixer": "agent", "mixer_blocks": (1, 1, 0, 0), "window_size": 3}
+    torch.manual_seed(0)
+    plain = MixerSwin(mixer_options=[{"agents": 9}] * 4, **options).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for pooled, same in ((9, True), (25, False)):
+            other = MixerSwin(mixer_options=[{"agents": 9, "pooled_agents": pooled}] * 4, **options).eval()
+            other.load_state_dict(plain.state_dict())
+            assert torch.allclose(other.forward_features(x), plain.forward_features(x)) == same
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.backbones.hosts import pvt
+from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.folding import fold_norms
 from subquad.backbones.hosts.pvt import MixerPVT
@@ -18,6 +19,7 @@ from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, fi
 
 SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 2), "img_size": 96}
+CSWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 4), "embed_dim": 8, "img_size": 96}
 DEIT: dict[str, Any] = {"dim": 16, "num_heads": 2, "depth": 2, "patch_size": 8, "img_size": 64}
 
 
@@ -27,6 +29,8 @@ def _host(kind: str, mixer: str, norm: str, **options: Any) -> nn.Module:
     model: nn.Module
     if kind == "swin":
         model = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, norm=norm, **SWIN)
+    elif kind == "cswin":
+        model = MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), norm=norm, **CSWIN, **options)
     elif kind == "pvt":
         model = MixerPVT(mixer, mlp_ratios=(2, 2, 2, 2), norm=norm, **PVT, **options)
     else:
@@ -52,6 +56,8 @@ HOSTS: list[tuple[str, str, str, dict[str, Any], int]] = [
     ("deit", "softmax", "repbn", {}, 1),
     ("deit", "agent", "repbn", {"agents": (9, None)}, 1),
     ("deit", "inline", "repbn", {}, 1 + 2),
+    ("cswin", "slab", "prepbn", {"mixer_stripes": (0, 0, 4, 0)}, 1),
+    ("cswin", "inline", "repbn", {}, 1),
 ]
 
 
