@@ -14,6 +14,7 @@ from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.folding import fold_norms
 from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin
 from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, fit_norms
 
@@ -31,6 +32,8 @@ def _host(kind: str, mixer: str, norm: str, **options: Any) -> nn.Module:
         model = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, norm=norm, **SWIN)
     elif kind == "cswin":
         model = MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), norm=norm, **CSWIN, **options)
+    elif kind == "pvt_v2":
+        model = MixerPVT2(mixer, mlp_ratios=(2, 2, 2, 2), norm=norm, **PVT)
     elif kind == "pvt":
         model = MixerPVT(mixer, mlp_ratios=(2, 2, 2, 2), norm=norm, **PVT, **options)
     else:
@@ -51,6 +54,7 @@ HOSTS: list[tuple[str, str, str, dict[str, Any], int]] = [
     ("swin", "slab", "prepbn", {}, 1 + 3),
     ("swin", "inline", "repbn", {}, 1 + 5),
     ("pvt", "slab", "prepbn", {}, 0),
+    ("pvt_v2", "slab", "prepbn", {}, 4),
     ("pvt", "slab", "repbn", {"mixer_stages": (False, True, False, False)}, 0),
     ("deit", "slab", "prepbn", {"class_token": False}, 1),
     ("deit", "softmax", "repbn", {}, 1),
