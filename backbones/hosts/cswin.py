@@ -152,30 +152,27 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return fit_norms(state, expected)
 
 
-def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_cswin_{size}.pth", **kwargs)
+def _cfg(mixer: str, share: str = "", name: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, share, f"{mixer}_cswin_{name}.pth", first_conv="stem.proj", **kwargs)
 
-
-_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12)}
-_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
 
 default_cfgs = generate_default_cfgs(
     {
         "agent_cswin_tiny.in1k": _cfg("agent", "8c562a74441e46d5902b", "tiny"),
         "agent_cswin_small.in1k": _cfg("agent", "30eb8af675bc4b7a8747", "small"),
         "agent_cswin_base.in1k": _cfg("agent", "c8035b0839b2410c8c9f", "base"),
-        "agent_cswin_base_384.in1k": _cfg("agent", "1239be0df44b47719432", "base_384", **_384),
+        "agent_cswin_base_384.in1k": _cfg("agent", "1239be0df44b47719432", "base_384", size=384),
         "flatten_cswin_tiny.in1k": _cfg("flatten", "48ba765ba8b0451d9d5a", "tiny"),
         "flatten_cswin_small.untrained": _cfg("flatten"),
         "flatten_cswin_base.untrained": _cfg("flatten"),
-        "flatten_cswin_base_384.untrained": _cfg("flatten", **_384),
+        "flatten_cswin_base_384.untrained": _cfg("flatten", size=384),
         "inline_cswin_tiny.in1k": _cfg("inline", "49fa2ecc543647c4b970", "tiny"),
         "inline_cswin_small.in1k": _cfg("inline", "59f4e65f776f4052b93c", "small"),
         "inline_cswin_base.in1k": _cfg("inline", "91e17121df284ae38521", "base"),
-        "inline_cswin_base_384.untrained": _cfg("inline", **_384),
+        "inline_cswin_base_384.untrained": _cfg("inline", size=384),
         "slab_cswin_tiny.in1k": slab_cfg("slab_cswin_tiny", first_conv="stem.proj"),
         "slab_cswin_small.untrained": _cfg("slab"),
-        "test_slab_cswin.untrained": _cfg("slab", **_TEST),
+        "test_slab_cswin.untrained": _cfg("slab", size=96),
     }
 )
 

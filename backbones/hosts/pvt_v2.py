@@ -158,7 +158,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
 
 def _cfg(mixer: str, share: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_pvt_v2_b0.pth", **kwargs)
+    return host_cfg(mixer, share, f"{mixer}_pvt_v2_b0.pth", first_conv="stem.proj", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

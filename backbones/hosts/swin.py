@@ -196,17 +196,16 @@ def _of_window(name: str, expected: Mapping[str, Tensor]) -> str:
     return deeper if name not in expected and deeper in expected else name
 
 
-def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_swin_{size}.pth", **kwargs)
+def _cfg(mixer: str, share: str = "", name: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, share, f"{mixer}_swin_{name}.pth", first_conv="stem.proj", **kwargs)
 
 
 def _slab(file: str) -> dict[str, Any]:
     return slab_cfg(file, first_conv="stem.proj")
 
 
-_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
-_288: dict[str, Any] = {"input_size": (3, 288, 288), "pool_size": (9, 9), "crop_pct": 1.0}
-_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
+_384: dict[str, Any] = {"size": 384, "crop_pct": 1.0}
+_288: dict[str, Any] = {"size": 288, "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -231,7 +230,7 @@ default_cfgs = generate_default_cfgs(
         "slab_swin_tiny.in1k": _slab("slab_swin_tiny"),
         "slab_swin_small.in1k": _slab("slab_swin_small"),
         "slab_swin_base.untrained": _cfg("slab"),
-        "test_flatten_swin.untrained": _cfg("flatten", **_TEST),
+        "test_flatten_swin.untrained": _cfg("flatten", size=96),
     }
 )
 
