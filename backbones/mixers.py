@@ -164,6 +164,8 @@ class PolarityAttention(PositionedMixer):
         self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(dim, num_heads, resolution, 4, device=device, dtype=dtype)
+        if dim // num_heads % 2:
+            raise ValueError(f"heads must have an even number of channels, got {dim} over {num_heads} heads")
         self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.power = nn.Parameter(torch.zeros(num_heads, dim // num_heads, device=device, dtype=dtype))
 

@@ -11,6 +11,7 @@ from torch import nn
 from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
 from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features
 
@@ -34,6 +35,21 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
                 assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
                 assert all(x.isfinite().all() for x in maps)
+
+
+@mixers
+def test_one_instance_from_224_to_detection_size(mixer: str) -> None:
+    """Nothing of one size is left when the next comes."""
+    torch.manual_seed(0)
+    host = MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=224).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        first = host(image)
+        for height, width in ((384, 512), (800, 1333)):
+            maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
+            assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
+            assert all(x.isfinite().all() for x in maps)
+        assert torch.equal(host(image), first)
 
 
 @pytest.mark.parametrize("mixer", ["flatten", "polaformer", "slab"])
@@ -74,8 +90,26 @@ def test_unknown_mixer_and_bad_stages() -> None:
         MixerSwin("inline", (1, 1, 1, 1), **SMALL_SWIN | {"num_heads": (3, 2, 2, 4)})
     with pytest.raises(ValueError, match="mixer_stages must have one entry for each of 4 stages"):
         MixerPVT("inline", (1, 1, 1, 1), mixer_stages=(True,))
-    with pytest.raises(ValueError, match="num_heads must divide the channels, got 3 heads for 8 channels"):
-        MIXERS["flatten"](8, 3, (2, 2))
+    with pytest.raises(ValueError, match="mixer_options must have one entry for each of 4 stages"):
+        MixerSwin("agent", (1, 1, 1, 1), mixer_options=[{"agents": 9}])
+    with pytest.raises(ValueError, match=r"mlp_ratios must have one entry for each of 4 stages, got \(4, 4\)"):
+        MixerPVT2("slab", (1, 1, 1, 1), mlp_ratios=(4, 4))
+    with pytest.raises(ValueError, match=r"agents must have one entry for each of 12 blocks, got \(9,\)"):
+        MixerDeiT("agent", 16, 2, agents=(9,))
+    with pytest.raises(ValueError, match="heads must have an even number of channels, got 6 over 2 heads"):
+        MIXERS["polaformer"](6, 2, (2, 2))
+    with pytest.raises(TypeError, match="depth_"):
+        MixerPVT("inline", (1, 1, 1, 1), depth_=1)
+
+
+@mixers
+@pytest.mark.parametrize("heads", [3, 0, -2])
+def test_heads_that_do_not_divide(mixer: str, heads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_heads must divide the channels, got {heads} heads for 8 channels"):
+        MIXERS[mixer](8, heads, (2, 2))
+
+
+def test_agents_form_a_square() -> None:
     for number in (0, -4, 8):
         with pytest.raises(ValueError, match=f"^agents must be a square, got {number}"):
             MIXERS["agent"](8, 2, (2, 2), agents=number)
