@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -35,6 +36,23 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
                 assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
                 assert all(x.isfinite().all() for x in maps)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 64), (192, 128), (224, 96)], ids=str)
+def test_windows_are_those_of_timm_at_any_size(size: tuple[int, int]) -> None:
+    """An instance made for 64 px against timm's Swin made for the size: windows that cover the map are not shifted."""
+    depths, heads = (2, 2, 2), (1, 2, 2)
+    ours = MixerSwin("inline", (0, 0, 0), depths, heads, embed_dim=8, img_size=64, window_size=4, num_classes=5).eval()
+    sizes = {"depths": depths, "num_heads": heads, "embed_dim": 8, "num_classes": 5}
+    theirs = timm.models.SwinTransformer(img_size=size, window_size=4, patch_size=4, **sizes).eval()
+    renames = {"stem.": "patch_embed.", "stages.": "layers.", ".attn.attn.": ".attn."}
+    state = ours.state_dict()
+    for mine, name in renames.items():
+        state = {key.replace(mine, name): value for key, value in state.items()}
+    theirs.load_state_dict(state)
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
 
 
 @mixers
