@@ -119,7 +119,7 @@ class CrossShapedAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """Maps (B, H, W, dim) behind a norm, and the same before it, to maps."""
-        # Zeros that fill stripes come after the projection: of its bias they see nothing.
+        # Stripes are filled behind the projection: with zeros, not with its bias, and a norm can be folded into it.
         qkv = self.qkv(x).unflatten(-1, (3, len(self.branches), -1))
         parts: list[Tensor] = []
         for i, branch in enumerate(self.branches):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.export import Dim
 
 from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
@@ -53,6 +54,17 @@ def test_windows_are_those_of_timm_at_any_size(size: tuple[int, int]) -> None:
     x = torch.randn(1, 3, *size)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_exported_windows_take_other_sizes() -> None:
+    """A program rolls by indices, and by as much as the map at hand needs."""
+    model = MixerSwin("inline", (0, 0), (2, 2), (1, 2), embed_dim=8, img_size=64, window_size=4, num_classes=5).eval()
+    axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(axes,)).module()
+    for size in ((1, 128, 72), (3, 45, 101), (2, 224, 160)):
+        x = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), model(x))
 
 
 @mixers
