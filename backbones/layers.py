@@ -248,12 +248,24 @@ def ceil_to(size: int, multiple: int) -> int:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then a norm."""
+    """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then a norm.
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: Factory | None, **dd: Any) -> None:
+    With a ``kernel_size`` greater than ``patch_size`` patches overlap: by ``padding`` on the left, else on the right.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int,
+        norm: Factory | None,
+        kernel_size: int | None = None,
+        padding: int = 0,
+        **dd: Any,
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd)
         self.norm = nn.Identity() if norm is None else norm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,10 +325,10 @@ class ConvStem(nn.Module):
 class ConvDownsample(nn.Module):
     """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor."""
 
-    def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, **dd: Any) -> None:
+    def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
         super().__init__()
         self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = norm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

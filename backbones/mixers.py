@@ -7,7 +7,8 @@
     slab        simplified linear attention, arXiv 2405.11582, https://github.com/xinghaochen/SLAB
 
 A mixer is called with tokens (B, N, dim), of a map in row-major order, and the size of that map, as timm's attention of
-PVT v2 is. Its tables, made for ``resolution``, are resampled for the map at hand.
+PVT v2 is. Its tables, made for ``resolution``, are resampled for the map at hand. Made with ``bare=True``, for a host
+that has the projections, it is called with queries, keys and values in one, (B, N, 3 dim), and does not project.
 """
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
@@ -41,6 +42,13 @@ class HeadConv(nn.Conv2d):
         return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def projections(dim: int, parts: int, bare: bool, **dd: Any) -> tuple[nn.Module, nn.Module]:
+    """What is in front of a mixer and behind it: linear layers, or nothing for a bare one."""
+    if bare:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(dim, parts * dim, **dd), nn.Linear(dim, dim, **dd)
+
+
 class PositionedMixer(nn.Module):
     """What the mixers of FLatten, PolaFormer and SLAB share: projections, positions of the keys, a local branch.
 
@@ -48,6 +56,7 @@ class PositionedMixer(nn.Module):
         dim, num_heads: channels and heads.
         resolution: height and width that the position table is made for.
         parts: how many times dim channels are projected: q, k, v and what else the mixer needs.
+        bare: without projections.
     """
 
     def __init__(
@@ -55,7 +64,8 @@ class PositionedMixer(nn.Module):
         dim: int,
         num_heads: int,
         resolution: tuple[int, int],
-        parts: int,
+        parts: int = 3,
+        bare: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -63,10 +73,9 @@ class PositionedMixer(nn.Module):
         check_mixer(dim, num_heads)
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, parts * dim, **dd)
+        self.qkv, self.proj = projections(dim, parts, bare, **dd)
         self.position = nn.Parameter(torch.zeros(1, *resolution, dim, **dd))
         self.conv = HeadConv(dim // num_heads, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """The position table starts at 0."""
@@ -109,9 +118,15 @@ class FocusedAttention(PositionedMixer):
     """FLatten's mixer, with features to the third power; arguments as in ``PositionedMixer``."""
 
     def __init__(
-        self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        num_heads: int,
+        resolution: tuple[int, int],
+        bare: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        super().__init__(dim, num_heads, resolution, 3, device=device, dtype=dtype)
+        super().__init__(dim, num_heads, resolution, bare=bare, device=device, dtype=dtype)
         self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -149,6 +164,8 @@ class PolarityAttention(PositionedMixer):
         self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(dim, num_heads, resolution, 4, device=device, dtype=dtype)
+        if dim // num_heads % 2:
+            raise ValueError(f"heads must have an even number of channels, got {dim} over {num_heads} heads")
         self.scale = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.power = nn.Parameter(torch.zeros(num_heads, dim // num_heads, device=device, dtype=dtype))
 
@@ -179,11 +196,6 @@ def positive_features(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, T
 class SimplifiedAttention(PositionedMixer):
     """SLAB's mixer, with the positive parts as features; arguments as in ``PositionedMixer``."""
 
-    def __init__(
-        self, dim: int, num_heads: int, resolution: tuple[int, int], device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__(dim, num_heads, resolution, 3, device=device, dtype=dtype)
-
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = positive_features(q, k, self.key_position(feat_size))
@@ -213,6 +225,7 @@ class InjectiveAttention(nn.Module):
         dim, num_heads: channels and heads.
         resolution: not used, there are no tables.
         prefix_tokens: tokens in front of the map's; they take part in the attention, not in the convolution.
+        bare: without projections; then the mean token has to be given.
     """
 
     def __init__(
@@ -221,6 +234,7 @@ class InjectiveAttention(nn.Module):
         num_heads: int,
         resolution: tuple[int, int],
         prefix_tokens: int = 0,
+        bare: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -230,14 +244,14 @@ class InjectiveAttention(nn.Module):
         self.num_heads = num_heads
         self.prefix_tokens = prefix_tokens
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv, self.proj = projections(dim, 3, bare, **dd)
         self.predict1 = nn.Conv1d(dim, dim, 1, groups=num_heads, **dd)
         self.predict2 = nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
 
-    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+    def forward(self, x: Tensor, feat_size: list[int], mean: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        kernels = self.predict2(F.gelu(self.predict1(x.mean(1).unsqueeze(-1))))  # (B, 9 C, 1)
+        mean = x.mean(1) if mean is None else mean
+        kernels = self.predict2(F.gelu(self.predict1(mean.unsqueeze(-1))))  # (B, 9 C, 1)
         kernels = kernels.squeeze(-1).unflatten(1, (-1, 9))
         local = dynamic_conv(v[:, self.prefix_tokens :], kernels, feat_size[0], feat_size[1])
         local = F.pad(local, (0, 0, self.prefix_tokens, 0))
@@ -265,21 +279,45 @@ def _pooling(x: Tensor, size: int, bins: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
+def _side_of(name: str, number: int) -> int:
+    side = int(max(number, 0) ** 0.5)
+    if side < 1 or side**2 != number:
+        raise ValueError(f"{name} must be a square, got {number}")
+    return side
+
+
 @register_notrace_function
-def agent_bias(blocks: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int) -> Tensor:
-    """Bias between agents and tokens (heads, agents, N) from a coarse table, a row and a column table.
+def agent_bias(
+    blocks: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int, side: int
+) -> Tensor:
+    """Bias between agents and tokens (heads, side ** 2, prefix tokens + N) from a coarse, a row and a column table.
 
     Args:
         blocks: (heads, agents, 7, 7).
         rows, columns: (heads, agents, H0, 1) and (heads, agents, 1, W0); their sum is resampled for other maps.
         prefix: (heads, agents, prefix tokens) or None.
+        height, width: of the map.
+        side: of the square of agents; if the tables are for another number, they are resampled for it.
     """
+    if blocks.shape[1] != side * side:
+        blocks, rows, columns = fit_agents(blocks, side), fit_agents(rows, side), fit_agents(columns, side)
+        if prefix is not None:
+            prefix = fit_agents(prefix.unsqueeze(-1), side).squeeze(-1)
     size = [height, width]
     fine = F.interpolate(blocks, size=size, mode="bilinear") + F.interpolate(rows + columns, size=size, mode="bilinear")
     fine = fine.flatten(2)
     if prefix is not None:
         fine = torch.cat([prefix, fine], dim=-1)
     return fine
+
+
+def fit_agents(table: Tensor, side: int) -> Tensor:
+    """A table (heads, agents, H, W) resampled for ``side ** 2`` agents, which lie in a square as pooled queries do."""
+    heads, agents, height, width = table.shape
+    old = int(agents**0.5)
+    planes = table.permute(0, 2, 3, 1).reshape(-1, 1, old, old)
+    planes = F.interpolate(planes, size=[side, side], mode="bilinear")
+    return planes.reshape(heads, height, width, side * side).permute(0, 3, 1, 2)
 
 
 class AgentAttention(nn.Module):
@@ -289,7 +327,10 @@ class AgentAttention(nn.Module):
         dim, num_heads: channels and heads.
         resolution: height and width that the bias tables are made for.
         agents: number of pooled queries, a square.
+        pooled_agents: another number to pool to, a square, for which the biases are resampled; the authors' detectors
+            have more agents than their classifiers.
         prefix_tokens: 1 for a class token, which is not pooled and has biases of its own.
+        bare: without projections, and without the local branch, which CSWin has in every block.
     """
 
     def __init__(
@@ -298,7 +339,9 @@ class AgentAttention(nn.Module):
         num_heads: int,
         resolution: tuple[int, int],
         agents: int = 49,
+        pooled_agents: int | None = None,
         prefix_tokens: int = 0,
+        bare: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -307,12 +350,10 @@ class AgentAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.prefix_tokens = prefix_tokens
-        self.side = int(agents**0.5)
-        if self.side**2 != agents:
-            raise ValueError(f"agents must be a square, got {agents}")
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.conv = DepthwiseConv(dim, 3, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        _side_of("agents", agents)
+        self.side = _side_of("pooled_agents", agents if pooled_agents is None else pooled_agents)
+        self.qkv, self.proj = projections(dim, 3, bare, **dd)
+        self.conv = None if bare else DepthwiseConv(dim, 3, **dd)
         height, width = resolution
         # "a" is for agents, "n" for pixels in blocks, "h" and "w" for rows and columns, "c" for the class token; the
         # first letter is what asks.
@@ -340,13 +381,16 @@ class AgentAttention(nn.Module):
         height, width = feat_size[0], feat_size[1]
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         agents = pool_tokens(q[:, self.prefix_tokens :], height, width, self.side)
-        local = self.conv(v[:, self.prefix_tokens :].unflatten(1, (height, width))).flatten(1, 2)
-        asking = agent_bias(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, height, width)
-        answering = agent_bias(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, height, width)
+        asking = agent_bias(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, height, width, self.side)
+        answering = agent_bias(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, height, width, self.side)
         q, k, heads, agents = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, agents))
         found = F.scaled_dot_product_attention(agents, k, heads, attn_mask=asking.to(q.dtype).unsqueeze(0))
         o = F.scaled_dot_product_attention(q, agents, found, attn_mask=answering.mT.to(q.dtype).unsqueeze(0))
-        return self.proj(o.transpose(1, 2).flatten(2) + F.pad(local, (0, 0, self.prefix_tokens, 0)))
+        o = o.transpose(1, 2).flatten(2)
+        if self.conv is not None:
+            local = self.conv(v[:, self.prefix_tokens :].unflatten(1, (height, width))).flatten(1, 2)
+            o = o + F.pad(local, (0, 0, self.prefix_tokens, 0))
+        return self.proj(o)
 
 
 MIXERS: dict[str, Factory] = {
@@ -360,6 +404,9 @@ MIXERS: dict[str, Factory] = {
 
 PREFIX_MIXERS: dict[str, Factory] = {"agent": AgentAttention, "inline": InjectiveAttention}
 """Those that take ``prefix_tokens=`` too."""
+
+BARE_MIXERS: dict[str, Factory] = {name: mixer for name, mixer in MIXERS.items() if name != "polaformer"}
+"""Those that take ``bare=`` too; PolaFormer's has a gate among its projections."""
 
 
 def check_mixer(dim: int, num_heads: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.layers import DepthwiseConv, attend, check_heads, rotary_by_width
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 
 __all__ = ["MLLA", "MLLABlock", "RotaryLinearAttention"]
 
@@ -230,35 +230,22 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return weights.rename(weights.unwrap(state_dict), _NAMES)
 
 
-def _cfg(share: str = "", file: str = "", **kwargs: Any) -> dict[str, Any]:
-    # The address of a share has no file name: timm takes one beside it for its cache.
-    url = (f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1", file)
-    return (
-        dict(
-            **({"url": url, "custom_load": True} if share else {}),
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.conv1.conv",
-            classifier="head.fc",
-            license="mit",
-            notes=("MIT is the licence of the official code; none is stated for the weights.",),
-            origin_url="https://github.com/LeapLabTHU/MLLA",
-            paper_name="Demystify Mamba in Vision: A Linear Attention Perspective",
-            paper_ids="arXiv:2405.16605",
-        )
-        | kwargs
-    )
-
+_cfg = partial(
+    default_cfg,
+    first_conv="stem.conv1.conv",
+    license="mit",
+    notes=("MIT is the licence of the official code; none is stated for the weights.",),
+    origin_url="https://github.com/LeapLabTHU/MLLA",
+    paper_name="Demystify Mamba in Vision: A Linear Attention Perspective",
+    paper_ids="arXiv:2405.16605",
+)
 
 default_cfgs = generate_default_cfgs(
     {
-        "mlla_tiny.in1k": _cfg("7a19712877cb4242889c", "mlla_tiny.pth"),
-        "mlla_small.in1k": _cfg("0e5d0b1409d540aaa80c", "mlla_small.pth"),
-        "mlla_base.in1k": _cfg("91c85c5a1061496d8796", "mlla_base.pth"),
-        "test_mlla.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "mlla_tiny.in1k": _cfg("mlla_tiny.pth", share="7a19712877cb4242889c"),
+        "mlla_small.in1k": _cfg("mlla_small.pth", share="0e5d0b1409d540aaa80c"),
+        "mlla_base.in1k": _cfg("mlla_base.pth", share="91c85c5a1061496d8796"),
+        "test_mlla.untrained": _cfg(size=96),
     }
 )
 

@@ -31,7 +31,7 @@ from subquad.backbones.layers import (
     scan_routes,
     stage_dims,
 )
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops.selective_scan import ROUTES
 
 __all__ = ["ConvFFN", "MSVMamba", "MSVMambaBlock", "MultiScaleSS2D"]
@@ -270,42 +270,34 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     return ours
 
 
-_HUB = "https://huggingface.co/YuhengSSS/MSVMamba/resolve/main/"
-_DRIVE = "The authors' file is in https://drive.google.com/drive/folders/{}; `subquad convert` reads it."
+_NO_LICENSE = "The authors state no licence, neither for the code nor for the weights."
+_cfg = partial(
+    default_cfg,
+    folder="https://huggingface.co/YuhengSSS/MSVMamba/resolve/main/",
+    first_conv="stem.conv1",
+    license="unknown",
+    notes=(_NO_LICENSE,),
+    origin_url="https://github.com/YuHengsss/MSVMamba",
+    paper_name="Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model",
+    paper_ids="arXiv:2405.14174",
+)
 
 
-def _cfg(file: str = "", folder: str = "", **kwargs: Any) -> dict[str, Any]:
-    source = {"url": _HUB + file, "custom_load": True} if file else {}
-    notes = [_DRIVE.format(folder)] if folder else []
-    return (
-        dict(
-            **source,
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.conv1",
-            classifier="head.fc",
-            license="unknown",
-            notes=(*notes, "The authors state no licence, neither for the code nor for the weights."),
-            origin_url="https://github.com/YuHengsss/MSVMamba",
-            paper_name="Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model",
-            paper_ids="arXiv:2405.14174",
-        )
-        | kwargs
-    )
+def _on_drive(folder: str) -> dict[str, Any]:
+    """A cfg whose file lies where no program can fetch it."""
+    place = f"https://drive.google.com/drive/folders/{folder}"
+    return _cfg(notes=(f"The authors' file is in {place}; `subquad convert` reads it.", _NO_LICENSE))
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "msvmamba_nano.in1k": _cfg(folder="1J41w3ApitQhp2O3wHmJoOs4U032uqebK"),
-        "msvmamba_micro.in1k": _cfg(folder="1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk"),
-        "msvmamba_tiny.in1k": _cfg(folder="1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU"),
+        "msvmamba_nano.in1k": _on_drive("1J41w3ApitQhp2O3wHmJoOs4U032uqebK"),
+        "msvmamba_micro.in1k": _on_drive("1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk"),
+        "msvmamba_tiny.in1k": _on_drive("1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU"),
         "msvmamba_tiny_v2.in1k": _cfg("msvmambav3_tiny_224.pth"),
         "msvmamba_small_v2.in1k": _cfg("msvmambav3_small_224.pth"),
         "msvmamba_base_v2.in1k": _cfg("msvmambav3_base_224.pth"),
-        "test_msvmamba.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_msvmamba.untrained": _cfg(size=96),
     }
 )
 

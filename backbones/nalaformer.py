@@ -6,6 +6,7 @@ Official code: https://github.com/ZacharyMeng/NaLaFormer. No weights are release
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from timm.models import generate_default_cfgs, register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.layers import DepthwiseConv, attend, rotary_by_head
-from subquad.backbones.registry import register_variants
-from subquad.backbones.rotary_pyramid import RotaryPyramid, cfg, read_official, softmax_attend
+from subquad.backbones.registry import default_cfg, register_variants
+from subquad.backbones.rotary_pyramid import SIZES, TEST_SIZE, RotaryPyramid, read_official, softmax_attend
 
 __all__ = ["NaLaFormer", "NormAwareAttention"]
 
@@ -94,16 +95,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return read_official(state_dict, model, _NAMES)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return cfg(
-        license="mit",
-        notes=("No weights are released.",),
-        origin_url="https://github.com/ZacharyMeng/NaLaFormer",
-        paper_name="Norm×Direction: Restoring the Missing Query Norm in Vision Linear Attention",  # noqa: RUF001
-        paper_ids="arXiv:2506.21137",
-        **kwargs,
-    )
-
+_cfg = partial(
+    default_cfg,
+    first_conv="stem.layers.0",
+    license="mit",
+    notes=("No weights are released.",),
+    origin_url="https://github.com/ZacharyMeng/NaLaFormer",
+    paper_name="Norm×Direction: Restoring the Missing Query Norm in Vision Linear Attention",  # noqa: RUF001
+    paper_ids="arXiv:2506.21137",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -112,7 +112,7 @@ default_cfgs = generate_default_cfgs(
         "nalaformer_small.untrained": _cfg(),
         "nalaformer_base.untrained": _cfg(),
         "nalaformer_large.untrained": _cfg(),
-        "test_nalaformer.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_nalaformer.untrained": _cfg(size=96),
     }
 )
 
@@ -124,41 +124,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_heads": (1, 2, 4, 12),
         "drop_path_rate": 0.1,
     },
-    "nalaformer_tiny": {
-        "depths": (2, 2, 6, 2),
-        "dims": (64, 128, 256, 512),
-        "num_heads": (1, 2, 4, 8),
-        "mlp_ratio": 4.0,
-        "drop_path_rate": 0.1,
-    },
-    "nalaformer_small": {
-        "depths": (3, 5, 9, 3),
-        "dims": (64, 128, 320, 512),
-        "num_heads": (1, 2, 5, 8),
-        "drop_path_rate": 0.15,
-    },
-    "nalaformer_base": {
-        "depths": (4, 6, 12, 6),
-        "dims": (96, 192, 384, 512),
-        "num_heads": (1, 2, 6, 8),
-        "mlp_ratio": 4.0,
-        "layer_scale": (1.0, 1.0, 1e-6, 1e-6),
-        "drop_path_rate": 0.4,
-    },
-    "nalaformer_large": {
-        "depths": (4, 7, 19, 8),
-        "dims": (96, 192, 448, 640),
-        "num_heads": (1, 2, 7, 10),
-        "layer_scale": (1e-6, 1e-6, 1e-6, 1e-6),
-        "drop_path_rate": 0.55,
-    },
-    "test_nalaformer": {
-        "depths": (1, 1, 1, 1),
-        "dims": (8, 16, 16, 24),
-        "num_heads": (1, 2, 2, 2),
-        "mlp_ratio": 2.0,
-        "projection": 32,
-    },
+    "nalaformer_tiny": {**SIZES["tiny"], "mlp_ratio": 4.0},
+    "nalaformer_small": SIZES["small"],
+    "nalaformer_base": {**SIZES["base"], "mlp_ratio": 4.0},
+    "nalaformer_large": SIZES["large"],
+    "test_nalaformer": TEST_SIZE,
 }
 
 register_variants(__name__, NaLaFormer, VARIANTS, checkpoint_filter_fn)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.layers import MapConv2d, check_heads, in_turn
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import na2d
 
 __all__ = ["NAT", "NATBlock", "NeighborhoodAttention"]
@@ -252,40 +252,22 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return weights.rename(weights.unwrap(state_dict), _NAMES)
 
 
-_RELEASES = "https://shi-labs.com/projects/"
-
-
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    return (
-        dict(
-            **({"url": f"{_RELEASES}nat/checkpoints/CLS/{file}", "custom_load": True} if file else {}),
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.conv1",
-            classifier="head.fc",
-            license="mit",
-            origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-            paper_name="Neighborhood Attention Transformer",
-            paper_ids="arXiv:2204.07143",
-        )
-        | kwargs
-    )
-
-
-def _dilated_cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    return _cfg(
-        url=f"{_RELEASES}dinat/checkpoints/imagenet1k/{file}",
-        custom_load=True,
-        paper_name="Dilated Neighborhood Attention Transformer",
-        paper_ids="arXiv:2209.15001",
-        **kwargs,
-    )
-
-
-_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+_cfg = partial(
+    default_cfg,
+    folder="https://shi-labs.com/projects/nat/checkpoints/CLS/",
+    first_conv="stem.conv1",
+    license="mit",
+    origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+    paper_name="Neighborhood Attention Transformer",
+    paper_ids="arXiv:2204.07143",
+)
+_dilated_cfg = partial(
+    _cfg,
+    folder="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/",
+    paper_name="Dilated Neighborhood Attention Transformer",
+    paper_ids="arXiv:2209.15001",
+)
+_384: dict[str, Any] = {"size": 384, "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -300,7 +282,7 @@ default_cfgs = generate_default_cfgs(
         "dinat_large.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_224.pth"),
         "dinat_large_384.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_384.pth", **_384),
         "dinat_large_384_11x11.in22k_ft_in1k": _dilated_cfg("dinat_large_in22k_in1k_384_11x11.pth", **_384),
-        "test_nat.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_nat.untrained": _cfg(size=96),
     }
 )
 

@@ -12,8 +12,8 @@ from typing import Any
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from subquad.backbones.registry import register_variants
-from subquad.backbones.rotary_pyramid import GatedRotaryAttention, RotaryPyramid, cfg, read_official
+from subquad.backbones.registry import default_cfg, register_variants
+from subquad.backbones.rotary_pyramid import SIZES, TEST_SIZE, GatedRotaryAttention, RotaryPyramid, read_official
 
 __all__ = ["RAVLT"]
 
@@ -30,17 +30,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return read_official(state_dict, model)
 
 
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    return cfg(
-        url=f"https://huggingface.co/aldjalkdf/RAVLT/resolve/main/{file}" if file else "",
-        license="mit",
-        notes=("MIT is what the model card of the weights says; the official code has no licence file.",),
-        origin_url="https://github.com/qhfan/RALA",
-        paper_name="Breaking the Low-Rank Dilemma of Linear Attention",
-        paper_ids="arXiv:2411.07635",
-        **kwargs,
-    )
-
+_cfg = partial(
+    default_cfg,
+    folder="https://huggingface.co/aldjalkdf/RAVLT/resolve/main/",
+    first_conv="stem.layers.0",
+    license="mit",
+    notes=("MIT is what the model card of the weights says; the official code has no licence file.",),
+    origin_url="https://github.com/qhfan/RALA",
+    paper_name="Breaking the Low-Rank Dilemma of Linear Attention",
+    paper_ids="arXiv:2411.07635",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -48,44 +47,11 @@ default_cfgs = generate_default_cfgs(
         "ravlt_small.in1k": _cfg("RAVLT_S.pth"),
         "ravlt_base.in1k": _cfg("RAVLT_B.pth"),
         "ravlt_large.in1k": _cfg("RAVLT_L.pth"),
-        "test_ravlt.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_ravlt.untrained": _cfg(size=96),
     }
 )
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "ravlt_tiny": {
-        "depths": (2, 2, 6, 2),
-        "dims": (64, 128, 256, 512),
-        "num_heads": (1, 2, 4, 8),
-        "drop_path_rate": 0.1,
-    },
-    "ravlt_small": {
-        "depths": (3, 5, 9, 3),
-        "dims": (64, 128, 320, 512),
-        "num_heads": (1, 2, 5, 8),
-        "drop_path_rate": 0.15,
-    },
-    "ravlt_base": {
-        "depths": (4, 6, 12, 6),
-        "dims": (96, 192, 384, 512),
-        "num_heads": (1, 2, 6, 8),
-        "layer_scale": (1.0, 1.0, 1e-6, 1e-6),
-        "drop_path_rate": 0.4,
-    },
-    "ravlt_large": {
-        "depths": (4, 7, 19, 8),
-        "dims": (96, 192, 448, 640),
-        "num_heads": (1, 2, 7, 10),
-        "layer_scale": (1e-6, 1e-6, 1e-6, 1e-6),
-        "drop_path_rate": 0.55,
-    },
-    "test_ravlt": {
-        "depths": (1, 1, 1, 1),
-        "dims": (8, 16, 16, 24),
-        "num_heads": (1, 2, 2, 2),
-        "mlp_ratio": 2.0,
-        "projection": 32,
-    },
-}
+VARIANTS: dict[str, dict[str, Any]] = {f"ravlt_{size}": options for size, options in SIZES.items()}
+VARIANTS["test_ravlt"] = TEST_SIZE
 
 register_variants(__name__, RAVLT, VARIANTS, checkpoint_filter_fn)

@@ -45,6 +45,33 @@ def check_any_model(name: str, pretrained: bool = False) -> None:
         )
 
 
+def default_cfg(
+    file: str = "", *, folder: str = "", share: str = "", size: int = 224, stride: int | None = 32, **kwargs: Any
+) -> dict[str, Any]:
+    """timm's default cfg of a variant trained on ImageNet-1K, of which families state what is their own.
+
+    Args:
+        file: the authors' file, "" if there is none that can be loaded by its address.
+        folder: address that ``file`` lies at.
+        share: of the file at cloud.tsinghua.edu.cn, whose address has no name; ``file`` names timm's copy.
+        size: height and width of the images.
+        stride: pixels per pixel of the last map, None for a model without one.
+        kwargs: entries beside, or instead of, those that most families have.
+    """
+    common: dict[str, Any] = {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None if stride is None else (size // stride, size // stride),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "classifier": "head.fc",
+    }
+    if file:
+        common["url"] = (f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1", file) if share else folder + file
+        common["custom_load"] = True
+    return common | kwargs
+
+
 def register_variants(
     module: str,
     model: type[nn.Module],

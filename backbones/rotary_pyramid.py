@@ -312,6 +312,44 @@ def _check_stages(
             raise ValueError(f"the rotary embedding needs heads of a multiple of 4 channels, got {dim} over {heads}")
 
 
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "depths": (2, 2, 6, 2),
+        "dims": (64, 128, 256, 512),
+        "num_heads": (1, 2, 4, 8),
+        "drop_path_rate": 0.1,
+    },
+    "small": {
+        "depths": (3, 5, 9, 3),
+        "dims": (64, 128, 320, 512),
+        "num_heads": (1, 2, 5, 8),
+        "drop_path_rate": 0.15,
+    },
+    "base": {
+        "depths": (4, 6, 12, 6),
+        "dims": (96, 192, 384, 512),
+        "num_heads": (1, 2, 6, 8),
+        "layer_scale": (1.0, 1.0, 1e-6, 1e-6),
+        "drop_path_rate": 0.4,
+    },
+    "large": {
+        "depths": (4, 7, 19, 8),
+        "dims": (96, 192, 448, 640),
+        "num_heads": (1, 2, 7, 10),
+        "layer_scale": (1e-6, 1e-6, 1e-6, 1e-6),
+        "drop_path_rate": 0.55,
+    },
+}
+"""What the families' variants of a size have in common."""
+
+TEST_SIZE: dict[str, Any] = {
+    "depths": (1, 1, 1, 1),
+    "dims": (8, 16, 16, 24),
+    "num_heads": (1, 2, 2, 2),
+    "mlp_ratio": 2.0,
+    "projection": 32,
+}
+
 # Official names to ours, in order.
 _NAMES: list[tuple[str, str | None]] = [
     (r"\.RoPE\.angle$", None),  # computed
@@ -351,17 +389,3 @@ def read_official(
         else value
         for name, value in ours.items()
     }
-
-
-def cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    """What the default cfgs of the three families have in common."""
-    common = {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "first_conv": "stem.layers.0",
-        "classifier": "head.fc",
-    }
-    return common | ({"url": url, "custom_load": True} if url else {}) | kwargs

@@ -21,7 +21,7 @@ from subquad.backbones import weights
 from subquad.backbones.base import Isotropic, Pyramid
 from subquad.backbones.images import check_image_size
 from subquad.backbones.layers import FRAME_NAMES, MapConv2d, frame, position_map, stage_dims
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import gated_linear_attention
 
 __all__ = ["GatedAttention", "HierarchicalViG", "HierarchicalViGBlock", "ViG", "ViGBlock"]
@@ -337,28 +337,22 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     return ours
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "first_conv": "stem.conv1",
-        "classifier": "head",
-        "license": "mit",
-        "notes": (
-            "The authors' files are in https://huggingface.co/hustvl/ViG; `subquad convert` reads them.",
-            "MIT is the licence of the official code.",
-        ),
-        "origin_url": "https://github.com/hustvl/ViG",
-        "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
-        "paper_ids": "arXiv:2405.18425",
-    } | kwargs
-
-
-_H: dict[str, Any] = {"pool_size": (7, 7), "classifier": "head.fc"}
-_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "notes": ()}
+_cfg = partial(
+    default_cfg,
+    stride=None,
+    first_conv="stem.conv1",
+    classifier="head",
+    license="mit",
+    notes=(
+        "The authors' files are in https://huggingface.co/hustvl/ViG; `subquad convert` reads them.",
+        "MIT is the licence of the official code.",
+    ),
+    origin_url="https://github.com/hustvl/ViG",
+    paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+    paper_ids="arXiv:2405.18425",
+)
+_H: dict[str, Any] = {"stride": 32, "classifier": "head.fc"}
+_TEST: dict[str, Any] = {"size": 96, "notes": ()}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -369,7 +363,7 @@ default_cfgs = generate_default_cfgs(
         "vig_h_small.in1k": _cfg(**_H),
         "vig_h_base.in1k": _cfg(**_H),
         "test_vig.untrained": _cfg(**_TEST),
-        "test_vig_h.untrained": _cfg(**_H | _TEST | {"pool_size": (3, 3)}),
+        "test_vig_h.untrained": _cfg(**_H, **_TEST),
     }
 )
 

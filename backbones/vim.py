@@ -22,7 +22,7 @@ from subquad.backbones import weights
 from subquad.backbones.base import Isotropic
 from subquad.backbones.images import check_image_size
 from subquad.backbones.layers import ScanParameters, position_map, scan_rank, scan_routes
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops.selective_scan import ROUTES
 
 __all__ = ["Vim", "VimBlock", "VimMixer"]
@@ -370,30 +370,18 @@ def _split_positions(ours: dict[str, Tensor], model: Any) -> None:
     ours["pos_embed"] = position_map(positions, *model.pos_embed.shape[1:3])
 
 
-_HUB = "https://huggingface.co/hustvl/"
-
-
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    source = {"url": _HUB + file, "custom_load": True} if file else {}
-    return (
-        dict(
-            **source,
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=None,
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.conv",
-            classifier="head",
-            license="apache-2.0",
-            notes=("Apache-2.0 is the licence of the official code; the pages of the weights repeat it.",),
-            origin_url="https://github.com/hustvl/Vim",
-            paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
-            paper_ids="arXiv:2401.09417",
-        )
-        | kwargs
-    )
-
+_cfg = partial(
+    default_cfg,
+    folder="https://huggingface.co/hustvl/",
+    stride=None,
+    first_conv="stem.conv",
+    classifier="head",
+    license="apache-2.0",
+    notes=("Apache-2.0 is the licence of the official code; the pages of the weights repeat it.",),
+    origin_url="https://github.com/hustvl/Vim",
+    paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+    paper_ids="arXiv:2401.09417",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -402,7 +390,7 @@ default_cfgs = generate_default_cfgs(
         "vim_small.in1k": _cfg("Vim-small-midclstok/resolve/main/vim_s_midclstok_80p5acc.pth"),
         "vim_small_stride8.in1k": _cfg("Vim-small-midclstok/resolve/main/vim_s_midclstok_ft_81p6acc.pth"),
         "vim_base.in1k": _cfg("Vim-base-midclstok/resolve/main/vim_b_midclstok_81p9acc.pth"),
-        "test_vim.untrained": _cfg(input_size=(3, 96, 96)),
+        "test_vim.untrained": _cfg(size=96),
     }
 )
 

@@ -29,7 +29,7 @@ from subquad.backbones.layers import (
     scan_routes,
     stage_dims,
 )
-from subquad.backbones.registry import register_variants
+from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops.selective_scan import CROSS, ROUTES
 
 __all__ = ["SS2D", "VMamba", "VMambaBlock"]
@@ -196,30 +196,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return fit_scan_weights(weights.rename(weights.unwrap(state_dict), FRAME_NAMES), model.state_dict(), len(CROSS))
 
 
-_RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
-
-
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    source = {"url": _RELEASES + file, "custom_load": True} if file else {}
-    return (
-        dict(
-            **source,
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation="bicubic",
-            first_conv="stem.conv1",
-            classifier="head.fc",
-            license="mit",
-            notes=("MIT is the licence of the official code; none is stated for the weights.",),
-            origin_url="https://github.com/MzeroMiko/VMamba",
-            paper_name="VMamba: Visual State Space Model",
-            paper_ids="arXiv:2401.10166",
-        )
-        | kwargs
-    )
-
+_cfg = partial(
+    default_cfg,
+    folder="https://github.com/MzeroMiko/VMamba/releases/download/",
+    first_conv="stem.conv1",
+    license="mit",
+    notes=("MIT is the licence of the official code; none is stated for the weights.",),
+    origin_url="https://github.com/MzeroMiko/VMamba",
+    paper_name="VMamba: Visual State Space Model",
+    paper_ids="arXiv:2401.10166",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -232,8 +218,8 @@ default_cfgs = generate_default_cfgs(
         "vmamba_tiny_vanilla.in1k": _cfg("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
         "vmamba_small_vanilla.in1k": _cfg("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
         "vmamba_base_vanilla.in1k": _cfg("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
-        "test_vmamba.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
-        "test_vmamba_vanilla.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_vmamba.untrained": _cfg(size=96),
+        "test_vmamba_vanilla.untrained": _cfg(size=96),
     }
 )
 

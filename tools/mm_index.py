@@ -75,31 +75,41 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, nn.ModuleList) else [value]
 
 
-def row(name: str) -> tuple[str, ...]:
-    """Cells of the table for one config: link, result, parameters, GFLOPs."""
+def link_and_results(name: str, published: dict[str, float]) -> tuple[str, ...]:
+    """The first cells of the table for one config."""
+    library = name.split("/")[0]
+    if library == "mmdet":
+        results = [str(published.get(key, "")) for key in ("box_ap", "mask_ap")]
+    else:
+        results = [" / ".join(str(published[key]) for key in ("miou", "miou_multi_scale") if key in published)]
+    return f"[`{name}`]({name})", *results
+
+
+def row(name: str, counted: dict[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Cells of the table for one config: link, result, parameters, GFLOPs; the last two are kept in ``counted``."""
     from mmengine.config import Config
 
     cfg = Config.fromfile(configs.path(name))
-    model = build(cfg)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    library = name.split("/")[0]
-    published = cfg.published
-    if library == "mmdet":
-        results = [f"{published[key]:.1f}" if key in published else "" for key in ("box_ap", "mask_ap")]
-    else:
-        results = [" / ".join(f"{published[key]:.1f}" for key in ("miou", "miou_multi_scale") if key in published)]
-    return (f"[`{name}`]({name})", *results, f"{parameters / 1e6:.1f} M", f"{gflops(model, SIZES[library]):.0f}")
+    plain = cfg.model.to_dict()
+    plain["backbone"].pop("drop_path_rate")
+    key = repr(plain)  # the same for all schedules
+    if key not in counted:
+        model = build(cfg)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        counted[key] = f"{parameters / 1e6:.1f} M", f"{gflops(model, SIZES[name.split('/')[0]]):.0f}"
+    return *link_and_results(name, cfg.published), *counted[key]
 
 
 def table() -> str:
     """The whole page."""
     sizes = " and ".join(f"{width} x {height} ({library})" for library, (height, width) in SIZES.items())
     parts = [_HEAD.format(sizes=sizes, proposals=_PROPOSALS, masks=_MASKS)]
+    counted: dict[str, tuple[str, str]] = {}
     columns = {"mmdet": ("box AP", "mask AP"), "mmseg": ("mIoU",)}
     for library, results in columns.items():
         header = ("config", *results, "parameters", "GFLOPs")
         rows = [header, ("---",) * len(header)]
-        found = [row(name) for name in configs.names() if name.startswith(f"{library}/")]
+        found = [row(name, counted) for name in configs.names() if name.startswith(f"{library}/")]
         rows += sorted(found, key=lambda cells: float(cells[-2].removesuffix(" M")))
         parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
     return "\n".join(parts)

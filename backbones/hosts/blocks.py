@@ -10,6 +10,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
+from subquad.backbones.mixers import projections
 
 
 @register_notrace_function
@@ -112,13 +113,12 @@ class TokenBlock(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """DeiT's own mixer, called as the others are."""
+    """DeiT's own mixer, and that of CSWin's windows, called as the others are."""
 
-    def __init__(self, dim: int, num_heads: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, num_heads: int, bare: bool = False, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.qkv, self.proj = projections(dim, 3, bare, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)

@@ -131,21 +131,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state
 
 
-def _cfg(mixer: str, side: int, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
-    sizes = {"input_size": (3, side, side), "pool_size": (side // 16, side // 16)}
-    return host_cfg(
-        mixer,
-        first_conv="stem.proj",
-        classifier="head",
-        share=share,
-        file=f"{mixer}_deit_{size}.pth",
-        **sizes,
-        **kwargs,
-    )
+def _cfg(mixer: str, size: int, share: str, name: str) -> dict[str, Any]:
+    file = f"{mixer}_deit_{name}.pth"
+    return host_cfg(mixer, share, file, size=size, stride=16, first_conv="stem.proj", classifier="head")
 
 
 def _slab(file: str) -> dict[str, Any]:
-    return slab_cfg(file, first_conv="stem.proj", classifier="head", pool_size=(14, 14))
+    return slab_cfg(file, first_conv="stem.proj", classifier="head", stride=16)
 
 
 default_cfgs = generate_default_cfgs(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.pvt_v2 import Attention
+from timm.models.pvt_v2 import Attention, OverlapPatchEmbed
 from torch import Tensor, nn
 
 from subquad.backbones.hosts.blocks import MixerBlock, SoftmaxAttention, TokenBlock
-from subquad.backbones.layers import PatchEmbed, PatchMerging
+from subquad.backbones.hosts.stripes import CrossShapedAttention, CrossShapedBlock
+from subquad.backbones.layers import ConvDownsample, PatchEmbed, PatchMerging
 from subquad.backbones.mixers import AgentAttention, PositionedMixer
 from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, affine_of
 
@@ -21,8 +22,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """Replace the norms of a host built with ``norm="repbn"`` or ``"prepbn"``, in place, by what they do in eval mode.
 
     Most become part of the convolution in front of them or of the projections behind them. Some stay as one product and
-    one sum for each channel: the last norm, those before windows (whose padding comes after the norm, and stays zero)
-    and those before InLine (which predicts a kernel from what they give). The model gives the same at every image size.
+    one sum for each channel: the last norm (in PVT v2 that of each stage), those before windows (whose padding comes
+    after the norm, and stays zero) and, but in CSWin, those before InLine (which predicts a kernel from what they
+    give). The model gives the same at every image size.
 
     Raises:
         ValueError: for a model in training mode, or one without such norms.
@@ -32,13 +34,15 @@ def fold_norms(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, RepNorm) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no batch norms to fold, build it with norm='repbn' or 'prepbn'")
     for module in list(model.modules()):
-        if isinstance(module, PatchEmbed):
+        if isinstance(module, PatchEmbed | OverlapPatchEmbed):
             _fold_backwards(module, module.proj)
+        elif isinstance(module, ConvDownsample):
+            _fold_backwards(module, module.conv)
         elif isinstance(module, PatchMerging):
             _fold_forwards(module, "norm", [module.reduction])
         elif isinstance(module, Attention):
             _fold_forwards(module, "norm", [module.kv])
-        elif isinstance(module, MixerBlock | TokenBlock):
+        elif isinstance(module, MixerBlock | TokenBlock | CrossShapedBlock):
             _fold_forwards(module, "norm1", _readers(module))
             _fold_forwards(module, "norm2", [module.mlp.fc1])  # type: ignore[list-item]
     for module in list(model.modules()):
@@ -50,17 +54,18 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def _readers(block: MixerBlock | TokenBlock) -> list[Any]:
+def _readers(block: MixerBlock | TokenBlock | CrossShapedBlock) -> list[Any]:
     """The layers that alone see what a block's first norm gives, as it is; none if others do, or zeros are added."""
     attention = block.attn
     if getattr(block, "window", 0) > 0:
         return []
     if isinstance(attention, Attention):
         return [attention.q, attention.kv] if attention.sr is None else [attention.q, attention.sr]
-    return [attention.qkv] if isinstance(attention, PositionedMixer | AgentAttention | SoftmaxAttention) else []
+    alone = PositionedMixer | AgentAttention | SoftmaxAttention | CrossShapedAttention
+    return [attention.qkv] if isinstance(attention, alone) else []
 
 
-def _fold_backwards(module: PatchEmbed, conv: nn.Conv2d) -> None:
+def _fold_backwards(module: PatchEmbed | OverlapPatchEmbed | ConvDownsample, conv: nn.Conv2d) -> None:
     """conv, then a y + b: a scales the outputs of conv, its bias too."""
     if isinstance(module.norm, RepNorm | ProgressiveNorm):
         a, b = affine_of(module.norm)

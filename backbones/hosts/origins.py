@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from subquad.backbones.registry import default_cfg
+
 _NO_LICENSE = "The official code has no licence file, and none is stated for the weights."
 
 _ORIGINS: dict[str, dict[str, Any]] = {
@@ -47,32 +49,19 @@ _ORIGINS: dict[str, dict[str, Any]] = {
 }
 
 
-def host_cfg(mixer: str, *, first_conv: str, share: str = "", file: str = "", **kwargs: Any) -> dict[str, Any]:
+def host_cfg(mixer: str, share: str = "", file: str = "", **kwargs: Any) -> dict[str, Any]:
     """Default cfg of a host with a mixer, whose images are mostly squashed to a square before the crop.
 
     Args:
         mixer: one of ``MIXERS``.
-        first_conv: name of the first convolution.
-        share: of the authors' files at cloud.tsinghua.edu.cn, whose address has no file name; ``file`` names the copy.
-        kwargs: what differs.
+        share: of the authors' file, "" for none.
+        file: name for the copy of it.
+        kwargs: more of ``default_cfg``.
     """
-    source: dict[str, Any] = {}
-    if share:
-        source = {"url": (f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1", file), "custom_load": True}
-    common = {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "first_conv": first_conv,
-        "classifier": "head.fc",
-    }
-    return common | _ORIGINS[mixer] | source | kwargs
+    return default_cfg(file if share else "", share=share, **{"crop_mode": "squash"} | _ORIGINS[mixer] | kwargs)
 
 
 def slab_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
-    """``host_cfg`` for a file of SLAB's release, which holds models with its mixer and such with its norm alone."""
-    url = f"https://github.com/xinghaochen/SLAB/releases/download/ckpts/{name}.pth"
-    return host_cfg("slab", url=url, custom_load=True, **kwargs)
+    """Default cfg for a file of SLAB's release, which holds models with its mixer and such with its norm alone."""
+    folder = "https://github.com/xinghaochen/SLAB/releases/download/ckpts/"
+    return default_cfg(f"{name}.pth", folder=folder, **_ORIGINS["slab"], **kwargs)

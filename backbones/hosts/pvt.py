@@ -175,23 +175,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     }
 
 
-def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(mixer, first_conv="stem.embed.proj", share=share, file=f"{mixer}_pvt_{size}.pth", **kwargs)
+def _cfg(mixer: str, share: str = "", name: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, share, f"{mixer}_pvt_{name}.pth", first_conv="stem.embed.proj", **kwargs)
 
 
 def _slab(file: str) -> dict[str, Any]:
     return slab_cfg(file, first_conv="stem.embed.proj")
 
 
-_256: dict[str, Any] = {"input_size": (3, 256, 256), "pool_size": (8, 8)}
-_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
-
 default_cfgs = generate_default_cfgs(
     {
         "agent_pvt_tiny.in1k": _cfg("agent", "13fdf0e0a7c5498c934f", "tiny"),
         "agent_pvt_small.in1k": _cfg("agent", "36b8be9a8863456685a3", "small"),
         "agent_pvt_medium.in1k": _cfg("agent", "4d00ecacf18b45f9b88c", "medium"),
-        "agent_pvt_medium_256.in1k": _cfg("agent", "654df734121643b19c52", "medium_256", **_256),
+        "agent_pvt_medium_256.in1k": _cfg("agent", "654df734121643b19c52", "medium_256", size=256),
         "agent_pvt_large.in1k": _cfg("agent", "040cfe0cfbbe4762ad09", "large"),
         "flatten_pvt_tiny.in1k": _cfg("flatten", "3ab1d773f19d45648690", "tiny"),
         "flatten_pvt_small.untrained": _cfg("flatten"),
@@ -211,8 +208,8 @@ default_cfgs = generate_default_cfgs(
         "slab_pvt_tiny.in1k": _slab("slab_pvt_tiny"),
         "slab_pvt_small.untrained": _cfg("slab"),
         "slab_pvt_medium.untrained": _cfg("slab"),
-        "test_inline_pvt.untrained": _cfg("inline", **_TEST),
-        "test_slab_pvt.untrained": _cfg("slab", **_TEST),
+        "test_inline_pvt.untrained": _cfg("inline", size=96),
+        "test_slab_pvt.untrained": _cfg("slab", size=96),
     }
 )
 

@@ -17,11 +17,12 @@ from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
-from subquad.backbones.base import Pyramid, StageSpec
+from subquad.backbones.base import Factory, Pyramid, StageSpec
 from subquad.backbones.hosts.blocks import MixerBlock
 from subquad.backbones.hosts.origins import host_cfg
 from subquad.backbones.layers import DepthwiseConv, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
+from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerPVT2"]
@@ -40,12 +41,19 @@ class DepthwiseMlp(nn.Module):
         return self.fc2(F.gelu(self.conv(self.fc1(x))))
 
 
-class OverlapDownsample(nn.Module):
-    """timm's overlapping patches, of stride 2, on maps (B, H, W, in_dim)."""
+def overlapping_patches(in_dim: int, dim: int, patch_size: int, stride: int, norm: Factory, **dd: Any) -> nn.Module:
+    """timm's patch embedding of PVT v2, with another norm."""
+    embed = OverlapPatchEmbed(patch_size, stride, in_dim, dim, **dd)
+    embed.norm = norm(dim, **dd)  # type: ignore[assignment]
+    return embed
 
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+
+class OverlapDownsample(nn.Module):
+    """Overlapping patches, of stride 2, on maps (B, H, W, in_dim)."""
+
+    def __init__(self, in_dim: int, dim: int, norm: Factory, **dd: Any) -> None:
         super().__init__()
-        self.embed = OverlapPatchEmbed(3, 2, in_dim, dim, **dd)
+        self.embed = overlapping_patches(in_dim, dim, 3, 2, norm, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(x.permute(0, 3, 1, 2))
@@ -58,6 +66,7 @@ class MixerPVT2(Pyramid):
         mixer: one of ``MIXERS``.
         depths, dims, num_heads, mlp_ratios: blocks, channels, heads and relative width of the MLP of each stage.
         img_size: size (or height and width) that position tables are made for; others run too.
+        norm, norm_steps: of every norm, see ``prepbn.find_norm``.
         in_chans, device, dtype, pyramid: arguments of ``Pyramid``.
 
     Raises:
@@ -77,6 +86,8 @@ class MixerPVT2(Pyramid):
         *,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         img_size: int | tuple[int, int] = 224,
+        norm: str = "layer",
+        norm_steps: int = 300000,
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
@@ -85,7 +96,9 @@ class MixerPVT2(Pyramid):
         check_heads(depths, dims, num_heads)
         if len(mlp_ratios) != len(depths):
             raise ValueError(f"mlp_ratios must have one entry for each of {len(depths)} stages, got {mlp_ratios}")
-        make_mixer = find_mixer(mixer)
+        make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
+        # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
+        patch_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
             height, width = (max(1, side // 2 ** (i + 2)) for side in to_2tuple(img_size))
@@ -94,13 +107,13 @@ class MixerPVT2(Pyramid):
                 mixer=partial(make_mixer, num_heads=heads, resolution=(height, width)),
                 mlp=DepthwiseMlp,
                 mlp_ratio=mlp_ratios[i],
-                norm=partial(nn.LayerNorm, eps=1e-6),
+                norm=block_norm,
             )
             blocks = [*[block] * (depth - 1), partial(block, out_norm=True)]
-            downsample = OverlapDownsample if i else None
+            downsample = partial(OverlapDownsample, norm=patch_norm) if i else None
             stages.append(StageSpec(dim, depth, 4 * 2**i, block=in_turn(blocks), downsample=downsample))
         super().__init__(
-            OverlapPatchEmbed(7, 4, in_chans, dims[0], device=device, dtype=dtype),
+            overlapping_patches(in_chans, dims[0], 7, 4, patch_norm, device=device, dtype=dtype),
             stages,
             norm=lambda dim, **dd: nn.Identity(),
             in_chans=in_chans,
@@ -140,34 +153,38 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
     norms = [(rf"^norm{i + 1}\.", f"stages.{i}.blocks.{depth - 1}.out_norm.") for i, depth in enumerate(depths)]
     state = weights.rename(weights.unwrap(state_dict), [*_NAMES, *norms])
-    return mixers.fit_mixers(state, model.state_dict())
+    expected = model.state_dict()
+    return fit_norms(mixers.fit_mixers(state, expected), expected)
 
 
-def _cfg(share: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg("flatten", first_conv="stem.proj", share=share, file="flatten_pvt_v2_b0.pth", **kwargs)
+def _cfg(mixer: str, share: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, share, f"{mixer}_pvt_v2_b0.pth", first_conv="stem.proj", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "flatten_pvt_v2_b0.in1k": _cfg("5d1f01532b104da28e7b"),
-        "flatten_pvt_v2_b1.untrained": _cfg(),
-        "flatten_pvt_v2_b2.untrained": _cfg(),
-        "flatten_pvt_v2_b3.untrained": _cfg(),
-        "flatten_pvt_v2_b4.untrained": _cfg(),
+        "flatten_pvt_v2_b0.in1k": _cfg("flatten", "5d1f01532b104da28e7b"),
+        **{f"flatten_pvt_v2_b{i}.untrained": _cfg("flatten") for i in range(1, 5)},
+        **{f"slab_pvt_v2_b{i}.untrained": _cfg("slab") for i in range(6)},
     }
 )
 
+_SIZES: dict[str, dict[str, Any]] = {
+    "b0": {"depths": (2, 2, 2, 2), "dims": (32, 64, 160, 256), "drop_path_rate": 0.1},
+    "b1": {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1},
+    "b2": {"depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
+    "b3": {"depths": (3, 4, 18, 3), "drop_path_rate": 0.3},
+    "b4": {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
+}
+_B5: dict[str, Any] = {"depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.3}
+
+# Of SLAB's the authors have the sizes, without training settings: the rates are FLatten's, b5's that of b4.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "flatten_pvt_v2_b0": {
-        "mixer": "flatten",
-        "depths": (2, 2, 2, 2),
-        "dims": (32, 64, 160, 256),
-        "drop_path_rate": 0.1,
+    **{f"flatten_pvt_v2_{size}": {"mixer": "flatten", **options} for size, options in _SIZES.items()},
+    **{
+        f"slab_pvt_v2_{size}": {"mixer": "slab", "norm": "prepbn", **options}
+        for size, options in {**_SIZES, "b5": _B5}.items()
     },
-    "flatten_pvt_v2_b1": {"mixer": "flatten", "depths": (2, 2, 2, 2), "drop_path_rate": 0.1},
-    "flatten_pvt_v2_b2": {"mixer": "flatten", "depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
-    "flatten_pvt_v2_b3": {"mixer": "flatten", "depths": (3, 4, 18, 3), "drop_path_rate": 0.3},
-    "flatten_pvt_v2_b4": {"mixer": "flatten", "depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
 }
 
 register_variants(__name__, MixerPVT2, VARIANTS, checkpoint_filter_fn)

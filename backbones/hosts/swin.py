@@ -92,8 +92,8 @@ class MixerSwin(Pyramid):
                 window=0 if height == width else side,
             )
             window = min(window_size, side)
-            # The parity of a block's index counts all blocks of the stage; windows as large as the map are not shifted.
-            shifts = [window // 2 if j % 2 and side > window_size else 0 for j in range(depth)]
+            # The parity of a block's index counts all blocks of the stage.
+            shifts = [window // 2 if j % 2 else 0 for j in range(depth)]
             softmax = partial(MixerBlock, mlp_ratio=mlp_ratio, norm=make_norm)
             blocks: list[Callable[..., nn.Module]] = [
                 linear
@@ -113,7 +113,10 @@ class MixerSwin(Pyramid):
 
 
 class WindowMixer(nn.Module):
-    """Swin's own mixer: timm's attention in windows of the map, which is padded, then shifted by ``shift`` pixels."""
+    """Swin's own mixer: timm's attention in windows of the map, which is padded, then shifted by ``shift`` pixels.
+
+    A map that is no larger than a window is not shifted.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, window: int, shift: int, device: Any = None, dtype: Any = None
@@ -127,26 +130,51 @@ class WindowMixer(nn.Module):
         height, width = feat_size[0], feat_size[1]
         x = x.unflatten(1, (height, width))
         if self.shift > 0:
-            x = shifted_windows(x, self.window, self.shift)
-            x = self.attn(x, shift_mask(x, self.window, self.shift, height, width))
-            x = unshifted_windows(x, self.window, self.shift, height, width)
+            shift = shift_of(self.window, self.shift, height, width)
+            x = shifted_windows(x, self.window, shift)
+            x = self.attn(x, shift_mask(x, self.window, shift, height, width))
+            x = unshifted_windows(x, self.window, shift, height, width)
         else:
             x = from_windows(self.attn(to_windows(x, self.window)), self.window, height, width)
         return x.flatten(1, 2)
 
 
 @register_notrace_function
+def shift_of(window: int, shift: int, height: int, width: int) -> int:
+    """``shift``, but 0 for a map that one window covers along an axis."""
+    # Without a branch, which an exported program would keep as it was for the example.
+    beyond_rows, beyond_columns = (height - 1) // window, (width - 1) // window
+    return shift * (1 - 1 // (1 + beyond_rows)) * (1 - 1 // (1 + beyond_columns))
+
+
+@register_notrace_function
+def rolled(x: Tensor, shift: int) -> Tensor:
+    """Maps (B, H, W, C) rolled down and right by ``shift`` pixels."""
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    if exporting:  # ONNX cannot roll by a number that depends on the image
+        for axis in (1, 2):
+            source = torch.arange(x.shape[axis], device=x.device) - shift
+            source = source + x.shape[axis] * ((source < 0).int() - (source >= x.shape[axis]).int())
+            x = x.index_select(axis, source)
+    else:
+        x = x.roll((shift, shift), (1, 2))
+    return x
+
+
+@register_notrace_function
 def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
     """Maps (B, H, W, C), padded to whole windows and rolled up and left, to windows (B * windows, window ** 2, C)."""
     x = F.pad(x, (0, 0, 0, ceil_to(x.shape[2], window) - x.shape[2], 0, ceil_to(x.shape[1], window) - x.shape[1]))
-    return to_windows(x.roll((-shift, -shift), (1, 2)), window)
+    return to_windows(rolled(x, -shift), window)
 
 
 @register_notrace_function
 def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
     """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
     x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
-    return crop(x.roll((shift, shift), (1, 2)), height, width)
+    return crop(rolled(x, shift), height, width)
 
 
 @register_notrace_function
@@ -196,17 +224,16 @@ def _of_window(name: str, expected: Mapping[str, Tensor]) -> str:
     return deeper if name not in expected and deeper in expected else name
 
 
-def _cfg(mixer: str, share: str = "", size: str = "", **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(mixer, first_conv="stem.proj", share=share, file=f"{mixer}_swin_{size}.pth", **kwargs)
+def _cfg(mixer: str, share: str = "", name: str = "", **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(mixer, share, f"{mixer}_swin_{name}.pth", first_conv="stem.proj", **kwargs)
 
 
 def _slab(file: str) -> dict[str, Any]:
     return slab_cfg(file, first_conv="stem.proj")
 
 
-_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
-_288: dict[str, Any] = {"input_size": (3, 288, 288), "pool_size": (9, 9), "crop_pct": 1.0}
-_TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3)}
+_384: dict[str, Any] = {"size": 384, "crop_pct": 1.0}
+_288: dict[str, Any] = {"size": 288, "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -231,7 +258,7 @@ default_cfgs = generate_default_cfgs(
         "slab_swin_tiny.in1k": _slab("slab_swin_tiny"),
         "slab_swin_small.in1k": _slab("slab_swin_small"),
         "slab_swin_base.untrained": _cfg("slab"),
-        "test_flatten_swin.untrained": _cfg("flatten", **_TEST),
+        "test_flatten_swin.untrained": _cfg("flatten", size=96),
     }
 )
 

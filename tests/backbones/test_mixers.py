@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.export import Dim
 
+from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
-from subquad.backbones.mixers import MIXERS, dynamic_conv, focused_features
+from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
 SMALL_SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
@@ -24,6 +28,8 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
         MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN),
         MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=96),
     ]
+    if mixer in BARE_MIXERS:
+        hosts.append(MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}))
     for host in hosts:
         host.eval()
         with torch.no_grad():
@@ -31,6 +37,49 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
                 maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
                 assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
                 assert all(x.isfinite().all() for x in maps)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 64), (192, 128), (224, 96)], ids=str)
+def test_windows_are_those_of_timm_at_any_size(size: tuple[int, int]) -> None:
+    """An instance made for 64 px against timm's Swin made for the size: windows that cover the map are not shifted."""
+    depths, heads = (2, 2, 2), (1, 2, 2)
+    ours = MixerSwin("inline", (0, 0, 0), depths, heads, embed_dim=8, img_size=64, window_size=4, num_classes=5).eval()
+    sizes = {"depths": depths, "num_heads": heads, "embed_dim": 8, "num_classes": 5}
+    theirs = timm.models.SwinTransformer(img_size=size, window_size=4, patch_size=4, **sizes).eval()
+    renames = {"stem.": "patch_embed.", "stages.": "layers.", ".attn.attn.": ".attn."}
+    state = ours.state_dict()
+    for mine, name in renames.items():
+        state = {key.replace(mine, name): value for key, value in state.items()}
+    theirs.load_state_dict(state)
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_exported_windows_take_other_sizes() -> None:
+    """A program rolls by indices, and by as much as the map at hand needs."""
+    model = MixerSwin("inline", (0, 0), (2, 2), (1, 2), embed_dim=8, img_size=64, window_size=4, num_classes=5).eval()
+    axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(axes,)).module()
+    for size in ((1, 128, 72), (3, 45, 101), (2, 224, 160)):
+        x = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), model(x))
+
+
+@mixers
+def test_one_instance_from_224_to_detection_size(mixer: str) -> None:
+    """Nothing of one size is left when the next comes."""
+    torch.manual_seed(0)
+    host = MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=224).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        first = host(image)
+        for height, width in ((384, 512), (800, 1333)):
+            maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
+            assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
+            assert all(x.isfinite().all() for x in maps)
+        assert torch.equal(host(image), first)
 
 
 @pytest.mark.parametrize("mixer", ["flatten", "polaformer", "slab"])
@@ -71,8 +120,73 @@ def test_unknown_mixer_and_bad_stages() -> None:
         MixerSwin("inline", (1, 1, 1, 1), **SMALL_SWIN | {"num_heads": (3, 2, 2, 4)})
     with pytest.raises(ValueError, match="mixer_stages must have one entry for each of 4 stages"):
         MixerPVT("inline", (1, 1, 1, 1), mixer_stages=(True,))
-    with pytest.raises(ValueError, match="num_heads must divide the channels, got 3 heads for 8 channels"):
-        MIXERS["flatten"](8, 3, (2, 2))
+    with pytest.raises(ValueError, match="mixer_options must have one entry for each of 4 stages"):
+        MixerSwin("agent", (1, 1, 1, 1), mixer_options=[{"agents": 9}])
+    with pytest.raises(ValueError, match=r"mlp_ratios must have one entry for each of 4 stages, got \(4, 4\)"):
+        MixerPVT2("slab", (1, 1, 1, 1), mlp_ratios=(4, 4))
+    with pytest.raises(ValueError, match=r"agents must have one entry for each of 12 blocks, got \(9,\)"):
+        MixerDeiT("agent", 16, 2, agents=(9,))
+    with pytest.raises(ValueError, match="heads must have an even number of channels, got 6 over 2 heads"):
+        MIXERS["polaformer"](6, 2, (2, 2))
+    with pytest.raises(TypeError, match="depth_"):
+        MixerPVT("inline", (1, 1, 1, 1), depth_=1)
+
+
+@mixers
+@pytest.mark.parametrize("heads", [3, 0, -2])
+def test_heads_that_do_not_divide(mixer: str, heads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_heads must divide the channels, got {heads} heads for 8 channels"):
+        MIXERS[mixer](8, heads, (2, 2))
+
+
+def test_agents_form_a_square() -> None:
+    for number in (0, -4, 8):
+        with pytest.raises(ValueError, match=f"^agents must be a square, got {number}"):
+            MIXERS["agent"](8, 2, (2, 2), agents=number)
+        with pytest.raises(ValueError, match=f"pooled_agents must be a square, got {number}"):
+            MIXERS["agent"](8, 2, (2, 2), pooled_agents=number)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer": "polaformer"}, r"unknown mixer 'polaformer' for CSWin, expected one of \['agent', 'flatten'"),
+        ({"mixer_blocks": (1, 2, 0, 0)}, r"mixer_blocks must be at most depths=\(1, 1, 2, 1\), got \(1, 2, 0, 0\)"),
+        ({"stripes": (1, 2)}, r"stripes must have a width for each of 4 stages but the last, got \(1, 2\)"),
+        ({"stripes": (1, 0, 2)}, r"stripes .* got \(1, 0, 2\)"),
+        ({"mixer_stripes": (0, 0)}, r"mixer_stripes must have a width for each of 4 stages, got \(0, 0\)"),
+        ({"mixer_options": [{}]}, "mixer_options must have one entry for each of 4 stages"),
+        ({"mixer_stripes": (2, 0, 0, 0)}, r"inline predicts one kernel for the whole map, got mixer_stripes=\(2, 0"),
+        ({"num_heads": (1, 2, 2, 4)}, "stripes halve heads and channels, got 1 heads and 8 channels"),
+    ],
+)
+def test_bad_options_of_cswin(options: dict[str, Any], message: str) -> None:
+    good = SMALL_SWIN | {"mixer": "inline", "mixer_blocks": (0, 0, 0, 0), "num_heads": (2, 2, 2, 4)}
+    MixerCSWin(**good)
+    with pytest.raises(ValueError, match=message):
+        MixerCSWin(**good | options)
+
+
+@pytest.mark.parametrize("mixer", ["agent", "inline"])
+def test_scripted_cswin(mixer: str) -> None:
+    """InLine is called with one argument more than the others, Agent lacks a part: TorchScript compiles both."""
+    model = MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}).eval()
+    x = torch.randn(1, 3, 64, 77)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_detectors_pool_to_more_agents() -> None:
+    """The tables stay those of the classifier, whose checkpoint loads; as many as they are for is no change."""
+    options = SMALL_SWIN | {"mixer": "agent", "mixer_blocks": (1, 1, 0, 0), "window_size": 3}
+    torch.manual_seed(0)
+    plain = MixerSwin(mixer_options=[{"agents": 9}] * 4, **options).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for pooled, same in ((9, True), (25, False)):
+            other = MixerSwin(mixer_options=[{"agents": 9, "pooled_agents": pooled}] * 4, **options).eval()
+            other.load_state_dict(plain.state_dict())
+            assert torch.allclose(other.forward_features(x), plain.forward_features(x)) == same
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

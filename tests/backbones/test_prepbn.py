@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from subquad.backbones.hosts import pvt
+from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.folding import fold_norms
 from subquad.backbones.hosts.pvt import MixerPVT
+from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin
 from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, fit_norms
 
 SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
 PVT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 2), "img_size": 96}
+CSWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 4), "embed_dim": 8, "img_size": 96}
 DEIT: dict[str, Any] = {"dim": 16, "num_heads": 2, "depth": 2, "patch_size": 8, "img_size": 64}
 
 
@@ -27,6 +30,10 @@ def _host(kind: str, mixer: str, norm: str, **options: Any) -> nn.Module:
     model: nn.Module
     if kind == "swin":
         model = MixerSwin(mixer, (1, 1, 0, 0), window_size=3, norm=norm, **SWIN)
+    elif kind == "cswin":
+        model = MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), norm=norm, **CSWIN, **options)
+    elif kind == "pvt_v2":
+        model = MixerPVT2(mixer, mlp_ratios=(2, 2, 2, 2), norm=norm, **PVT)
     elif kind == "pvt":
         model = MixerPVT(mixer, mlp_ratios=(2, 2, 2, 2), norm=norm, **PVT, **options)
     else:
@@ -47,11 +54,14 @@ HOSTS: list[tuple[str, str, str, dict[str, Any], int]] = [
     ("swin", "slab", "prepbn", {}, 1 + 3),
     ("swin", "inline", "repbn", {}, 1 + 5),
     ("pvt", "slab", "prepbn", {}, 0),
+    ("pvt_v2", "slab", "prepbn", {}, 4),
     ("pvt", "slab", "repbn", {"mixer_stages": (False, True, False, False)}, 0),
     ("deit", "slab", "prepbn", {"class_token": False}, 1),
     ("deit", "softmax", "repbn", {}, 1),
     ("deit", "agent", "repbn", {"agents": (9, None)}, 1),
     ("deit", "inline", "repbn", {}, 1 + 2),
+    ("cswin", "slab", "prepbn", {"mixer_stripes": (0, 0, 4, 0)}, 1),
+    ("cswin", "inline", "repbn", {}, 1),
 ]
 
 

@@ -43,7 +43,7 @@ def test_one_instance_from_224_to_detection_size(family: str) -> None:
     """The rotary tables are made for the map at hand, the projection head pools any map."""
     model = timm.create_model(f"test_{family}", features_only=True).eval()
     with torch.no_grad():
-        for size in ((224, 224), (160, 96), (333, 250)):
+        for size in ((224, 224), (384, 512), (160, 96), (800, 1333)):
             maps = model(torch.randn(1, 3, *size))
             assert [tuple(x.shape[2:]) for x in maps] == [
                 tuple(-(-side // reduction) for side in size) for reduction in (4, 8, 16, 32)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from subquad.backbones.hosts.cswin import MixerCSWin
 from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
@@ -26,12 +27,18 @@ _NAMES_OF_SIZES = {
     "m_256": "medium_256",
     "s_448": "small_448",
 }
-_SIZES = {"swin": _NAMES_OF_SIZES, "deit": _NAMES_OF_SIZES, "pvt": {**_NAMES_OF_SIZES, "b": "large"}, "pvt_v2": {}}
+_SIZES = {
+    "cswin": _NAMES_OF_SIZES,
+    "swin": _NAMES_OF_SIZES,
+    "deit": _NAMES_OF_SIZES,
+    "pvt": {**_NAMES_OF_SIZES, "b": "large"},
+    "pvt_v2": {},
+}
 
 
-def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
+def _mixer_blocks(letter: str, constructor: Mapping[str, Any], depths: list[int]) -> list[int]:
     """Blocks with the mixer in each stage; M is for the number of them that follows the letters."""
-    depths, kinds = constructor["depths"], constructor.get("attn_type", "S" * len(constructor["depths"]))
+    kinds = constructor.get("attn_type", "S" * len(depths))
     mixed = int(kinds[len(depths) :] or 0)
     return [
         depth if kind == letter else mixed if kind == "M" else 0 for kind, depth in zip(kinds, depths, strict=False)
@@ -40,9 +47,8 @@ def _mixer_blocks(letter: str, constructor: Mapping[str, Any]) -> list[int]:
 
 def _options(constructor: Mapping[str, Any]) -> list[dict[str, int]]:
     """The number of agents of each stage, where there are agents."""
-    depths = constructor["depths"]
     agents = constructor.get("agent_num")
-    return [{"agents": int(number)} for number in agents] if agents else [{} for _ in depths]
+    return [{"agents": int(number)} for number in agents] if agents else [{} for _ in constructor["num_heads"]]
 
 
 def _norm(mixer: str, constructor: Mapping[str, Any]) -> str:
@@ -55,7 +61,7 @@ def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     linear_window = constructor["window_size"]
     return MixerSwin(
         mixer,
-        _mixer_blocks(_LETTERS[mixer], constructor),
+        _mixer_blocks(_LETTERS[mixer], constructor, constructor["depths"]),
         constructor["depths"],
         constructor["num_heads"],
         constructor["embed_dim"],
@@ -70,6 +76,25 @@ def _swin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
         mixer_options=_options(constructor),
         num_classes=constructor.get("num_classes", 1000),
         drop_path_rate=constructor["drop_path_rate"],
+        norm=_norm(mixer, constructor),
+    )
+
+
+def _cswin(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
+    depths, side = constructor["depth"], constructor["img_size"]
+    widths = [int(width) for width in constructor["la_split_size"].split("-")]
+    return MixerCSWin(
+        mixer,
+        _mixer_blocks(_LETTERS[mixer], constructor, depths),
+        depths,
+        constructor["num_heads"],
+        constructor["embed_dim"],
+        stripes=constructor["split_size"],
+        mixer_stripes=[0 if width == side // 2 ** (i + 2) else width for i, width in enumerate(widths)],
+        mixer_options=_options(constructor),
+        img_size=side,
+        mlp_ratio=constructor["mlp_ratio"],
+        num_classes=constructor["num_classes"],
         norm=_norm(mixer, constructor),
     )
 
@@ -138,14 +163,14 @@ def _upstream_shapes(mixer: str, constructor: Mapping[str, Any]) -> dict[str, tu
     """Names and shapes of upstream's float entries, from those of our model."""
     state = _build(mixer, constructor).state_dict()
     pvt = "embed_dims" in constructor
-    names = _PVT_NAMES if pvt else _SWIN_NAMES
+    names = _PVT_NAMES if pvt else _CSWIN_NAMES if "la_split_size" in constructor else _SWIN_NAMES
     prefix_tokens = 1 if "prefix_tokens" in state else 0
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in state.items():
         prefix, _, leaf = name.rpartition(".attn.qkv.")
         if not value.is_floating_point():
             continue
-        if not prefix:
+        if not prefix or "la_split_size" in constructor:
             shapes |= [_upstream(name, tuple(value.shape), names, prefix_tokens)]
             continue
         gate = "g" if f"{prefix}.attn.power" in state else ""
@@ -162,7 +187,7 @@ def _upstream(
 ) -> tuple[str, tuple[int, ...]]:
     for pattern, replacement in [*names, *_MIXER_NAMES]:
         name = re.sub(pattern, replacement, name)
-    leaf = name.rpartition(".attn.")[2]
+    leaf = re.split(r"\.attn\.|\.attns\.\d\.", name)[-1]
     if name == "pos_embed":
         shape = (1, prefix_tokens + shape[1] * shape[2], shape[3])
     elif leaf == "positional_encoding" or name.startswith("pos_embed"):
@@ -192,6 +217,17 @@ _SWIN_NAMES = [
     (r"^stages\.", "layers."),
     (r"\.attn\.attn\.", ".attn."),
 ]
+_CSWIN_NAMES = [
+    (r"^stem\.proj\.", "stage1_conv_embed.0."),
+    (r"^stem\.norm\.", "stage1_conv_embed.2."),
+    *((rf"^stages\.{i}\.downsample\.", f"merge{i}.") for i in range(1, 4)),
+    *((rf"^stages\.{i}\.blocks\.", f"stage{i + 1}.") for i in range(4)),
+    (r"\.attn\.(qkv|proj)\.", r".\1."),
+    (r"\.attn\.branches\.(\d)\.lepe\.", r".attns.\1.get_v."),
+    (r"\.attn\.branches\.(\d)\.attn\.", r".attns.\1."),
+    (r"(attns\.\d)\.position$", r"\1.positional_encoding"),
+    (r"(attns\.\d)\.conv\.", r"\1.dwc."),
+]
 _MIXER_NAMES = [
     (r"^prefix_tokens$", "cls_token"),
     (r"^head\.fc\.", "head."),
@@ -206,6 +242,8 @@ def _build(mixer: str, constructor: Mapping[str, Any]) -> nn.Module:
     assert constructor.get("focusing_factor", 3) == 3 and constructor.get("kernel_size", 5) == 5
     if isinstance(constructor.get("depth"), int):
         return _deit(mixer, constructor)
+    if "la_split_size" in constructor:
+        return _cswin(mixer, constructor)
     return (_pvt if "embed_dims" in constructor else _swin)(mixer, constructor)
 
 
@@ -223,7 +261,7 @@ def _probes(model: nn.Module) -> dict[str, nn.Module]:
     return {f"out/block{i}": block for i, block in enumerate(model.blocks)} | {"out/norm": model.norm}
 
 
-_CASES = r"(^|_)swin_|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)"
+_CASES = r"(^|_)swin_|^cswin|^pvt(_run_96x64|_v2)?$|(^|_)deit($|_tiny_fill)"
 
 
 def _system(mixer: str, manifests: Mapping[str, str], cases: str = _CASES) -> SimpleNamespace:
@@ -239,7 +277,9 @@ def _system(mixer: str, manifests: Mapping[str, str], cases: str = _CASES) -> Si
         }
         | {"inline_deit_t": 192, "inline_deit_s": 320, "inline_deit_b": 384}
         | {"agent_deit_t": 192, "agent_deit_s": 384, "agent_deit_s_448": 384, "agent_deit_b": 768}
-        | {"slab_deit_t": 192, "slab_deit_s": 384, "deit_t_prepbn": 192, "deit_s_prepbn": 384},
+        | {"slab_deit_t": 192, "slab_deit_s": 384, "deit_t_prepbn": 192, "deit_s_prepbn": 384}
+        # scales that nothing uses, in 2 blocks of 64 and 4 of 128 channels
+        | {"slab_cswin_t": 2 * 64 + 4 * 128, "slab_cswin_s": 2 * 64 + 4 * 128},
         MANIFESTS=manifests,
         CLASSIFIER=r"(norm|head)\.",
         OUTPUT_NORM=r"(?!)",  # no case of a detection backbone; norm1 to norm4 are PVT v2's own
@@ -261,11 +301,11 @@ def _manifests(mixer: str, pattern: str, hosts: Mapping[str, str]) -> dict[str, 
     }
 
 
-_SLAB = _manifests("slab", "slab_{host}_{size}", {"swin": "t s b", "pvt": "t s m", "deit": "t s"})
+_SLAB = _manifests("slab", "slab_{host}_{size}", {"swin": "t s b", "pvt": "t s m", "deit": "t s", "cswin": "t s"})
 _PREPBN = _manifests("prepbn", "{host}_{size}_prepbn", {"swin": "t", "pvt": "t s m", "deit": "t s"})
-_AGENT_HOSTS = {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b"}
-_FLATTEN_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4"}
-_INLINE_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b"}
+_AGENT_HOSTS = {"swin": "t s s_288 b b_384", "pvt": "t s m m_256 b", "deit": "t s s_448 b", "cswin": "t s b b_384"}
+_FLATTEN_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "pvt_v2": "b0 b1 b2 b3 b4", "cswin": "t s b b_384"}
+_INLINE_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b", "deit": "t s b", "cswin": "t s b b_384"}
 _POLA_HOSTS = {"swin": "t s b b_384", "pvt": "t s m b"}
 
 SYSTEMS = {
@@ -273,5 +313,5 @@ SYSTEMS = {
     "flatten": _system("flatten", _manifests("flatten", "flatten_{host}_{size}", _FLATTEN_HOSTS)),
     "inline": _system("inline", _manifests("inline", "inline_{host}_{size}", _INLINE_HOSTS)),
     "polaformer": _system("polaformer", _manifests("polaformer", "pola_{host}_{size}", _POLA_HOSTS)),
-    "slab": _system("slab", _SLAB | _PREPBN, r"^(swin|pvt|deit|slab_deit)(?!.*cswin)"),
+    "slab": _system("slab", _SLAB | _PREPBN, r"^(swin|pvt|deit|slab_deit|cswin)"),
 }

@@ -1,0 +1,14 @@
+# Agent-Swin-T, Cascade Mask R-CNN 3x multi-scale: box AP 51.4, mask AP 44.5.
+# Settings: the authors' config; result: the README of github.com/LeapLabTHU/Agent-Attention.
+_base_ = [
+    "../_base_/models/cascade-mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_multi-scale.py",
+    "../_base_/schedules/adamw_3x_agent.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=51.4, mask_ap=44.5)
+options = dict(mixer_options=[dict(agents=a, pooled_agents=b) for a, b in ((9, 81), (16, 144), (49, 196), (49, 49))])
+model = dict(
+    backbone=dict(model_name="agent_swin_tiny", drop_path_rate=0.1, model_args=options),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

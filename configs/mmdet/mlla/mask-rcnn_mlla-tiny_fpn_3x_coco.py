@@ -1,0 +1,13 @@
+# MLLA-T, Mask R-CNN 3x multi-scale: box AP 48.8, mask AP 43.8.
+# Settings: the authors' config; result: the README of github.com/LeapLabTHU/MLLA.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_multi-scale.py",
+    "../_base_/schedules/adamw_3x_500.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=48.8, mask_ap=43.8)
+model = dict(
+    backbone=dict(model_name="mlla_tiny", drop_path_rate=0.3),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

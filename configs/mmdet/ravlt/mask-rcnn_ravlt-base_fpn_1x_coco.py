@@ -1,0 +1,14 @@
+# RAVLT-B, Mask R-CNN 1x: box AP 51.2, mask AP 45.7.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco.py",
+    "../_base_/schedules/adamw_1x_500.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=51.2, mask_ap=45.7)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_base", drop_path_rate=0.4, out_norm_eps=1e-6),
+    neck=dict(in_channels=[96, 192, 384, 512]),
+)

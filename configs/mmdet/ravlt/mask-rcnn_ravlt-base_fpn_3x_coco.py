@@ -1,0 +1,14 @@
+# RAVLT-B, Mask R-CNN 3x multi-scale: box AP 52.7, mask AP 46.4.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_multi-scale.py",
+    "../_base_/schedules/adamw_3x_500.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=52.7, mask_ap=46.4)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_base", drop_path_rate=0.4, out_norm_eps=1e-6),
+    neck=dict(in_channels=[96, 192, 384, 512]),
+)

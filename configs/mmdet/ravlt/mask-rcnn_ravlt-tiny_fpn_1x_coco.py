@@ -1,0 +1,14 @@
+# RAVLT-T, Mask R-CNN 1x: box AP 47.3, mask AP 42.7.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco.py",
+    "../_base_/schedules/adamw_1x_500.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=47.3, mask_ap=42.7)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_tiny", drop_path_rate=0.1, out_norm_eps=1e-6),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

@@ -1,0 +1,14 @@
+# RAVLT-L, RetinaNet 1x: box AP 50.9.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/retinanet_fpn.py",
+    "../_base_/datasets/coco_boxes.py",
+    "../_base_/schedules/adamw_1x_retinanet.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=50.9)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_large", drop_path_rate=0.55, out_norm_eps=1e-6),
+    neck=dict(in_channels=[192, 448, 640]),
+)

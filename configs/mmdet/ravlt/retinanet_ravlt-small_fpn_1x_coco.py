@@ -1,0 +1,14 @@
+# RAVLT-S, RetinaNet 1x: box AP 48.3.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/retinanet_fpn.py",
+    "../_base_/datasets/coco_boxes.py",
+    "../_base_/schedules/adamw_1x_retinanet.py",
+    "../_base_/runtime.py",
+]
+published = dict(box_ap=48.3)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_small", drop_path_rate=0.15, out_norm_eps=1e-6),
+    neck=dict(in_channels=[128, 320, 512]),
+)

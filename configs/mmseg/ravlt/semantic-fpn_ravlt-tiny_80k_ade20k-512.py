@@ -1,0 +1,14 @@
+# RAVLT-T, Semantic FPN 80k: mIoU 47.9.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/semantic-fpn.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/adamw_80k_semantic-fpn_ravlt.py",
+    "../_base_/runtime.py",
+]
+published = dict(miou=47.9)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_tiny", drop_path_rate=0.1, out_norm_eps=1e-6),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

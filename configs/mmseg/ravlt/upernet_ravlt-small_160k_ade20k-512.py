@@ -1,0 +1,15 @@
+# RAVLT-S, UperNet 160k: mIoU 50.7.
+# Settings: the authors' config; result: the README of github.com/qhfan/RALA.
+_base_ = [
+    "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/adamw_160k.py",
+    "../_base_/runtime.py",
+]
+published = dict(miou=50.7)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(model_name="ravlt_small", drop_path_rate=0.15, out_norm_eps=1e-6),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+    auxiliary_head=dict(in_channels=320),
+)
