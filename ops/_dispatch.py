@@ -106,6 +106,20 @@ def choose(op: str, call: Any) -> Any:
     return implementation.load()
 
 
+def choose_inside(op: str, call: Any) -> Any:
+    """As ``choose``, for the operator of ``op``, which its public function calls for all but the reference.
+
+    Raises:
+        ValueError: likewise, and if the reference was asked for.
+    """
+    if requested() == "reference":
+        raise ValueError(
+            f"{op}: the reference is not an operator: it runs and is differentiated through subquad.ops.{op}, "
+            "so not in scripted models nor for the gradients of what another implementation computed"
+        )
+    return choose(op, call)
+
+
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation ``op(*args, **kwargs)`` would run, with the reason for each one that was passed over.
 

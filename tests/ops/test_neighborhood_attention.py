@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import ops
 from subquad.ops import na1d, na2d, na3d
-from subquad.ops.neighborhood_attention import prepare, torch_impl
+from subquad.ops.neighborhood_attention import prepare, tiles
 from subquad.ops.neighborhood_attention.export_form import export_form
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -129,7 +129,7 @@ def test_float64_equals_the_formula(
     arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if working_set:
-        monkeypatch.setattr(torch_impl, "_WORKING_SET_CPU", working_set)
+        monkeypatch.setattr(tiles, "_WORKING_SET_CPU", working_set)
     _assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
 
 
@@ -192,7 +192,7 @@ def test_window_that_covers_the_map_is_full_attention() -> None:
     tensors = [arguments[name] for name in "qkv"]
     expected = _dense(*(x.flatten(1, 2) for x in tensors)).unflatten(1, (7, 9))
     torch.testing.assert_close(na2d(**arguments), expected, rtol=EXACT, atol=EXACT)
-    ((_, tile),) = torch_impl._parts(_prepare(arguments))
+    ((_, tile),) = tiles.parts(_prepare(arguments))
     assert tile.key_size == (7, 9)
 
 
@@ -211,15 +211,15 @@ def test_stride_of_the_kernel_is_window_attention_without_waste() -> None:
     torch.testing.assert_close(
         na2d(**arguments), expected.transpose(2, 3).flatten(3, 4).flatten(1, 2), rtol=EXACT, atol=EXACT
     )
-    assert {tile.key_size for _, tile in torch_impl._parts(_prepare(arguments))} == {(7, 7)}
+    assert {tile.key_size for _, tile in tiles.parts(_prepare(arguments))} == {(7, 7)}
 
 
 def test_no_copy_grows_with_the_map() -> None:
     """Keys of a tile: at most twice the kernel and a tile's own width, on a map of 200 x 336."""
     call = _prepare(_inputs(200, 336, batch=1, kernel_size=7, bias=False, dim=1, heads=1))
-    tiles = [tile for _, tile in torch_impl._parts(call)]
-    assert max(math.prod(tile.key_size) for tile in tiles) <= 15**2
-    assert len({tile.pattern for tile in tiles}) <= 5**2
+    found = [tile for _, tile in tiles.parts(call)]
+    assert max(math.prod(tile.key_size) for tile in found) <= 15**2
+    assert len({tile.pattern for tile in found}) <= 5**2
 
 
 # Strides, sizes, dtypes ------------------------------------------------------------------------------------------
