@@ -9,98 +9,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
-from timm.models import generate_default_cfgs, register_notrace_function
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import generate_default_cfgs, register_notrace_module
 from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.layers import MapConv2d, check_heads, in_turn
 from subquad.backbones.registry import register_variants
-from subquad.ops import na2d
+from subquad.ops import NeighborhoodAttention2D
 
-__all__ = ["NAT", "NATBlock", "NeighborhoodAttention"]
+__all__ = ["NAT", "NATBlock"]
 
-
-@register_notrace_function
-def pad_to(x: Tensor, size: int) -> Tensor:
-    """A map (B, H, W, C) with zeros below and to the right, at least ``size`` high and wide."""
-    # An exported program would keep a branch on sizes as it was for the example.
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
-        if not torch.jit.is_scripting():
-            bottom: Any = torch.sym_max(x.shape[1], size) - x.shape[1]
-            right: Any = torch.sym_max(x.shape[2], size) - x.shape[2]
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    elif x.shape[1] < size or x.shape[2] < size:
-        x = F.pad(x, (0, 0, 0, max(size - x.shape[2], 0), 0, max(size - x.shape[1], 0)))
-    return x
-
-
-@register_notrace_function
-def crop_to(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of x, (B, H, W, ...)."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
-        # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        x = x.index_select(2, torch.arange(width, device=x.device))
-    else:
-        x = x[:, :height, :width]
-    return x
-
-
-@register_notrace_function
-def attend_nearby(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """``subquad.ops.na2d`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx."""
-    if torch.jit.is_scripting():
-        # The operator itself, because TorchScript cannot compile the checks of the public function.
-        kernel, dilations = [kernel_size, kernel_size], [dilation, dilation]
-        found = torch.ops.subquad.neighborhood_attention(
-            q, k, v, rpb, None, None, kernel, dilations, [1, 1], [False, False], q.shape[-1] ** -0.5
-        )
-        o = found[0]
-    else:
-        o = na2d(q, k, v, kernel_size, dilation, rpb=rpb)
-    return o
-
-
-class NeighborhoodAttention(nn.Module):
-    """Attention of a map (B, H, W, dim) to the kernel_size^2 tokens around each, with a relative positional bias.
-
-    A map smaller than kernel_size * dilation is padded with zeros before the projection: the padding's keys and values
-    are the projection's bias, and are attended.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, kernel_size: int, dilation: int = 1, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.kernel_size = kernel_size
-        self.dilation = dilation
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.rpb = nn.Parameter(torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the bias table."""
-        trunc_normal_(self.rpb, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        qkv = self.qkv(pad_to(x, self.kernel_size * self.dilation)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]  # (B, H, W, heads, d)
-        o = attend_nearby(q, k, v, self.rpb, self.kernel_size, self.dilation)
-        return self.proj(crop_to(o, height, width).flatten(3))
+register_notrace_module(NeighborhoodAttention2D)
 
 
 class NATBlock(nn.Module):
@@ -113,6 +34,7 @@ class NATBlock(nn.Module):
         num_heads: int,
         kernel_size: int,
         dilation: int = 1,
+        pad_small_maps: bool = True,
         mlp_ratio: float = 3.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
@@ -122,7 +44,9 @@ class NATBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, **dd)
+        self.attn = NeighborhoodAttention2D(
+            dim, num_heads, kernel_size, dilation, rel_pos_bias=True, pad_small_maps=pad_small_maps, **dd
+        )
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)

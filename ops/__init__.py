@@ -9,11 +9,19 @@ from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
+from subquad.ops.neighborhood_attention.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
 from subquad.ops.neighborhood_attention.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 from subquad.ops.selective_scan import selective_scan
 
 __all__ = [
     "Explanation",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
     "explain",
     "gated_linear_attention",
     "linear_attention",

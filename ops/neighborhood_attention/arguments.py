@@ -144,12 +144,10 @@ def _check_window(
 ) -> _Window:
     """One kernel size, dilation, stride and causality an axis."""
     axes = len(size)
-    kernels = _per_axis(op, "kernel_size", kernel_size, axes)
-    dilations = _per_axis(op, "dilation", dilation, axes)
-    strides = _per_axis(op, "stride", stride, axes)
-    causal = list(is_causal) if isinstance(is_causal, Sequence) else [is_causal] * axes
-    if len(causal) != axes or not all(isinstance(entry, bool) for entry in causal):
-        raise ValueError(f"{op}: is_causal must be a bool or {axes} of them, got {is_causal!r}")
+    kernels = per_axis(op, "kernel_size", kernel_size, axes)
+    dilations = per_axis(op, "dilation", dilation, axes)
+    strides = per_axis(op, "stride", stride, axes)
+    causal = per_axis(op, "is_causal", is_causal, axes, bool)
     for axis, (length, kernel, spread, step) in enumerate(zip(size, kernels, dilations, strides, strict=True)):
         if kernel * spread > length:
             raise ValueError(
@@ -161,10 +159,17 @@ def _check_window(
     return kernels, dilations, strides, causal
 
 
-def _per_axis(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
+def per_axis(op: str, name: str, value: Any, axes: int, kind: type = int) -> list[Any]:
+    """One positive integer, or bool, an axis.
+
+    Raises:
+        ValueError: naming the argument, what was given and what was expected.
+    """
     values = list(value) if isinstance(value, Sequence) else [value] * axes
-    if len(values) != axes or not all(isinstance(entry, int) and entry >= 1 for entry in values):
-        raise ValueError(f"{op}: {name} must be a positive integer or {axes} of them, got {value!r}")
+    positive = kind is bool or all(isinstance(entry, int) and entry >= 1 for entry in values)
+    if len(values) != axes or not positive or not all(isinstance(entry, kind) for entry in values):
+        what = "bool" if kind is bool else "positive integer"
+        raise ValueError(f"{op}: {name} must be a {what} or {axes} of them, got {value!r}")
     return values
 
 

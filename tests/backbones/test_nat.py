@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.backbones import weights
-from subquad.backbones.nat import NAT, NeighborhoodAttention
+from subquad.backbones.nat import NAT
 
 MODEL = "test_nat"
 
@@ -42,31 +41,6 @@ def test_official_checkpoints(wrapper: str | None, tmp_path: Path) -> None:
     model = timm.create_model(MODEL)
     weights.load_checkpoint(model, tmp_path / "official.pth")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_small_maps_attend_the_padding() -> None:
-    """A map of 2 x 4 under windows of 5: full attention, to 5 x 5 tokens with the projection's bias at the rest."""
-    torch.manual_seed(0)
-    attention = NeighborhoodAttention(8, 2, 5, dtype=torch.float64)
-    torch.nn.init.zeros_(attention.rpb)
-    x = torch.randn(3, 2, 4, 8, dtype=torch.float64)
-    padded = torch.zeros(3, 5, 5, 8, dtype=torch.float64)
-    padded[:, :2, :4] = x
-    q, k, v = attention.qkv(padded).view(3, 25, 3, 2, 4).permute(2, 0, 3, 1, 4)
-    o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 5, 5, 8)
-    torch.testing.assert_close(attention(x), attention.proj(o)[:, :2, :4], rtol=1e-12, atol=1e-12)
-
-
-def test_dilation_reaches_further() -> None:
-    """With one axis dilated by 2, a token sees its neighbours at even distances and nothing between."""
-    torch.manual_seed(0)
-    attention = NeighborhoodAttention(4, 1, 3, dilation=2, dtype=torch.float64)
-    x = torch.randn(1, 9, 9, 4, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(attention(x)[0, 4, 4].sum(), x)
-    seen = grad[0].abs().sum(-1) > 0
-    expected = torch.zeros(9, 9, dtype=torch.bool)
-    expected[2:7:2, 2:7:2] = True
-    assert torch.equal(seen, expected)
 
 
 def test_no_weight_decay_of_the_bias_tables() -> None:
