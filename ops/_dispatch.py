@@ -21,7 +21,7 @@ class Implementation(NamedTuple):
     """One way to compute an op.
 
     Attributes:
-        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"`` or ``"reference"``.
+        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"``, ``"reference"``, or a short cut of one op.
         why_not: given the op's canonical call, the reason why it cannot serve it, or None if it can.
         load: returns the module with the implementation (imported on first use: triton is optional).
     """

@@ -15,6 +15,7 @@ a map is the product of those of its axes, and for query i and its keys j, at re
 
 ``additional_keys`` and ``additional_values`` are further tokens in the softmax of every query, without a bias.
 Exact special cases: K = L is full attention, K d = L attention over a grid, s = K with L mod K = 0 window attention.
+On a CPU they run as PyTorch's own attention (the implementation ``sdpa``).
 
 Sources: arXiv 2204.07143 (neighborhood attention), 2209.15001 (dilation), 2504.16922 (stride); the semantics, those of
 NATTEN, extended by a bias for even K, strides and causality.
@@ -211,6 +212,16 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+def _why_not_sdpa(call: NeighborhoodCall) -> str | None:
+    return _load_sdpa().why_not(call)
+
+
+def _load_sdpa() -> Any:
+    from subquad.ops.neighborhood_attention import sdpa_impl
+
+    return sdpa_impl
+
+
 def _load_torch() -> Any:
     from subquad.ops.neighborhood_attention import torch_impl
 
@@ -223,6 +234,7 @@ for _axes in (1, 2, 3):
         partial(prepare, _axes),
         (
             _dispatch.Implementation("triton", lambda call: "there are no Triton kernels of it yet", lambda: None),
+            _dispatch.Implementation("sdpa", _why_not_sdpa, _load_sdpa),
             _dispatch.Implementation("torch", lambda call: None, _load_torch),
             _dispatch.Implementation("reference", lambda call: None, lambda: reference),
         ),
