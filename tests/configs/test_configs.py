@@ -37,6 +37,9 @@ STATED = {
     "upernet_msvmamba-tiny": (65, 942),
 }
 
+UNSTATED = r"_(nat|dinat)-"
+"""Models of whose detectors and segmentors the authors' READMEs give the results only."""
+
 
 @cache
 def _config(name: str) -> Any:
@@ -109,7 +112,8 @@ def test_configs_of_mmseg_can_be_inherited(tmp_path: Path) -> None:
 
 
 def test_every_published_size_has_a_config() -> None:
-    assert {re.sub(r".*/(.*?)_(fpn|160k).*", r"\1", name) for name in NAMES} == set(STATED)
+    found = {re.sub(r".*/(.*?)_(fpn|160k).*", r"\1", name) for name in NAMES}
+    assert {stem for stem in found if not re.search(UNSTATED, stem)} == set(STATED)
 
 
 def test_index_is_up_to_date() -> None:
