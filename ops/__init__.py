@@ -15,7 +15,9 @@ from subquad.ops.neighborhood_attention.modules import (
     NeighborhoodAttention3D,
 )
 from subquad.ops.neighborhood_attention.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from subquad.ops.region_attention import region_attention, route_regions
 from subquad.ops.selective_scan import selective_scan
+from subquad.ops.window_attention import window_attention, window_attention_packed
 
 __all__ = [
     "Explanation",
@@ -34,6 +36,10 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "region_attention",
+    "route_regions",
     "selective_scan",
     "use_backend",
+    "window_attention",
+    "window_attention_packed",
 ]

@@ -2,17 +2,63 @@
 
 An operator is opaque to ``torch.compile``, ``torch.export``, autocast, FLOP counting and FSDP: one node with a fake
 (shape) function, an autograd formula whose backward is an operator of its own, and a FLOP formula for each.
+
+``torch.library.custom_op`` would do the same at three times the host time a call, which is what small maps wait for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
+
+_library = torch.library.Library("subquad", "FRAGMENT")
+
+
+class Operator:
+    """A registered operator; until it gets an autograd formula, a backward pass through it is an error."""
+
+    def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        self._name = name
+        self._op = getattr(torch.ops.subquad, name).default
+        self._formula: tuple[Callable[..., Any], Callable[..., Any]] = (lambda *_: None, self._no_formula)
+        _library.impl(name, self._autograd(), "Autograd")
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """Give the operator a gradient, by the two functions of ``torch.library.register_autograd``."""
+        self._formula = setup_context, backward
+
+    def _no_formula(self, ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"subquad::{self._name} has no gradient")
+
+    def _autograd(self) -> Callable[..., Any]:
+        op = self._op
+
+        def below(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        class Formula(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                result = below(*args)
+                self._formula[0](ctx, args, result)
+                return result
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return self._formula[1](ctx, *grads)
+
+        def autograd(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+                return Formula.apply(*args)
+            return below(*args)
+
+        return autograd
 
 
 def define(
@@ -22,7 +68,7 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     flops: Callable[..., int],
-) -> CustomOpDef:
+) -> Operator:
     """Register ``function`` as the operator ``subquad::<name>``.
 
     Autocast policy: the function sees its inputs in the dtypes they have and runs with autocast off. Casting
@@ -30,20 +76,21 @@ def define(
 
     Args:
         name: operator name without namespace.
-        function: eager implementation for every device.
+        function: eager implementation for every device; returns tensors that share no memory with its arguments.
         schema: arguments and results, as in ``"(Tensor x, int n) -> Tensor"``.
         fake: same arguments; returns empty tensors of the right shapes, dtypes and devices.
         flops: same arguments with shapes in place of tensors, plus ``out_shape``; multiply and add count separately.
     """
 
-    @wraps(function)
-    def without_autocast(*args: Any, **kwargs: Any) -> Any:
+    def without_autocast(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(*args)
 
-    op = torch.library.custom_op(f"subquad::{name}", without_autocast, mutates_args=(), schema=schema)
-    op.register_fake(fake)
+    op = Operator(name, schema, without_autocast)
+    torch.library.register_fake(f"subquad::{name}", fake, lib=_library)
     register_flop_formula(getattr(torch.ops.subquad, name))(flops)
     return op
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -52,8 +54,17 @@ def _multiprocessor_count(device: torch.device) -> int:
     return 8
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes on chip that a program may use on a CUDA GPU; elsewhere more than any kernel asks for."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16))
+    return 2**31
+
+
 class _Ahead(threading.local):
     device: torch.device | None = None
+    urgent = True
 
 
 _ahead = _Ahead()
@@ -61,17 +72,22 @@ _jobs: dict[object, Future[None]] = {}
 
 
 @cache
-def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="subquad-compile")
+def _compilers(urgent: bool) -> ThreadPoolExecutor:
+    """Of kernels that a call waits for, or fewer threads for those of a later pass."""
+    threads = min(8 if urgent else 4, os.cpu_count() or 1)
+    return ThreadPoolExecutor(threads, thread_name_prefix="subquad-compile")
 
 
 @contextmanager
-def compiling_ahead(device: torch.device) -> Iterator[None]:
+def compiling_ahead(device: torch.device, urgent: bool = True) -> Iterator[None]:
     """Inside, launchers made on this thread launch nothing: they start to compile, for ``device``, in the background.
 
     A pass that runs inside on meta tensors so has all of its kernels compiled at once, and while an earlier pass runs.
+
+    Args:
+        urgent: whether the pass is about to run, or comes later.
     """
-    _ahead.device = device
+    _ahead.device, _ahead.urgent = device, urgent
     try:
         yield
     finally:
@@ -86,15 +102,53 @@ def is_compiling_ahead() -> bool:
 def _compile(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device
 ) -> None:
-    with torch.cuda.device(device):
+    with _short_turns, torch.cuda.device(device):
         kernel.warmup(*arguments, grid=grid, **options)
 
 
-def _kind(value: object) -> object:
+class _ShortTurns:
+    """While any thread is inside, threads take turns each millisecond.
+
+    Triton leaves the interpreter for each operation that it adds to a kernel, and would come back in only after 5 ms
+    (``sys.getswitchinterval``) when another thread compiles too: seconds for a kernel.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._usual = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._usual, 0.001))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                sys.setswitchinterval(self._usual)
+
+
+_short_turns = _ShortTurns()
+
+
+def _params(kernel: Any) -> Iterable[Any]:
+    """What Triton knows of a kernel's parameters; the interpreter's kernels have no such list."""
+    return getattr(kernel, "params", None) or itertools.repeat(None)
+
+
+def _kind(value: object, param: Any) -> object:
     """What Triton tells variants of a kernel apart by, in an argument that is not a compile-time constant."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return float
     assert isinstance(value, int)
+    if param is not None and param.do_not_specialize:
+        return None
     return value == 1, value % 16 == 0
 
 
@@ -123,14 +177,16 @@ class Launcher:
             run(*arguments, *constants)
             return
         constants = tuple(meta[constant] for constant in kernel.arg_names[len(arguments) :])
-        options = {option: meta[option] for option in ("num_warps", "num_stages") if option in meta}
+        options = {option: meta[option] for option in ("num_warps", "num_stages", "maxnreg") if option in meta}
         device = self._device or next(value.device for value in arguments if isinstance(value, torch.Tensor))
-        job = (kernel.__name__, device, constants, *options.values(), *map(_kind, arguments))
+        job = (kernel.__name__, device, constants, *options.values(), *map(_kind, arguments, _params(kernel)))
         if self._device is not None:
             if job not in _jobs:
                 types = [value.dtype if isinstance(value, torch.Tensor) else value for value in arguments]
                 with suppress(RuntimeError):  # the interpreter is on its way out
-                    _jobs[job] = _compilers().submit(_compile, kernel, grid, (*types, *constants), options, device)
+                    _jobs[job] = _compilers(_ahead.urgent).submit(
+                        _compile, kernel, grid, (*types, *constants), options, device
+                    )
             return
         if job in _jobs:
             wait([_jobs[job]])  # and compile here what it could not

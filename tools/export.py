@@ -34,7 +34,9 @@ from subquad.backbones.registry import check_model
 from subquad.ops.gated_linear_attention import export_form as gated_linear_attention_form
 from subquad.ops.linear_attention import export_form as linear_attention_form
 from subquad.ops.neighborhood_attention import export_form as neighborhood_attention_form
+from subquad.ops.region_attention import export_form as region_attention_form
 from subquad.ops.selective_scan import export_form as selective_scan_form
+from subquad.ops.window_attention import export_form as window_attention_form
 
 with suppress(ImportError):  # only the command line reads the annotation, and it cannot run without tyro
     from tyro.conf import arg
@@ -48,7 +50,10 @@ EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,
     torch.ops.subquad.neighborhood_av.default: neighborhood_attention_form.av_export_form,
     torch.ops.subquad.neighborhood_qk.default: neighborhood_attention_form.qk_export_form,
+    torch.ops.subquad.region_attention.default: region_attention_form.export_form,
+    torch.ops.subquad.region_routing.default: region_attention_form.routing_form,
     torch.ops.subquad.selective_scan.default: selective_scan_form.export_form,
+    torch.ops.subquad.window_attention.default: window_attention_form.export_form,
 }
 """For every operator of this library the form in standard operators that ``run_decompositions`` puts in its place."""
 

@@ -67,7 +67,7 @@ class Summary(NamedTuple):
         losses: of each iteration of a smoke run, the mean of all processes; empty otherwise.
         metrics: of the last validation or of the test.
         images_per_second: of a smoke run on all processes, NaN for fewer than six iterations.
-        peak_memory: largest allocation on the GPU in MiB, 0 without one.
+        peak_memory: largest allocation on the GPU in an iteration of a smoke run's training in MiB, 0 without a GPU.
     """
 
     work_dir: Path
@@ -99,13 +99,16 @@ def run(options: Options) -> Summary:
     datasets = _datasets(cfg, ("train", "val") if options.test is None else ("test",))
     _check_annotation_files(datasets)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    memory = smoke.peak_memory_hook()
+    runner.register_hook(memory)
     with _named_data_errors(datasets):
         if options.test is not None:
             return Summary(Path(cfg.work_dir), [], runner.test(), math.nan, 0.0)
         runner.train()
-    summary = _summary(runner, cfg, options.smoke)
-    if options.smoke:
-        _report(summary)
+    if not options.smoke:
+        return Summary(Path(cfg.work_dir), [], _metrics(runner), math.nan, 0.0)
+    summary = _summary(runner, cfg, memory.peak)
+    _report(summary)
     return summary
 
 
@@ -194,24 +197,24 @@ def _named_data_errors(datasets: Sequence[Any]) -> Iterator[None]:
         raise ValueError(f"no images with annotations in one of the data sets {where}") from error
 
 
-def _summary(runner: Any, cfg: Any, smoke_run: bool) -> Summary:
+def _metrics(runner: Any) -> dict[str, float]:
+    return {
+        name.removeprefix("val/"): float(buffer.current())
+        for name, buffer in runner.message_hub.log_scalars.items()
+        if name.startswith("val/") and not name.endswith("time")
+    }
+
+
+def _summary(runner: Any, cfg: Any, peak_memory: float) -> Summary:
     from mmengine.dist import all_reduce, get_world_size
 
     scalars = runner.message_hub.log_scalars
-    metrics = {
-        name.removeprefix("val/"): float(buffer.current())
-        for name, buffer in scalars.items()
-        if name.startswith("val/") and not name.endswith("time")
-    }
-    memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    if not smoke_run:
-        return Summary(Path(cfg.work_dir), [], metrics, math.nan, memory)
     losses, seconds = (torch.tensor(scalars[name].data[0]) for name in ("train/loss", "train/time"))
     all_reduce(losses, "mean")
     seconds = seconds[_WARM_UP:]
     images = cfg.train_dataloader.batch_size * get_world_size() * len(seconds)
     speed = images / seconds.sum().item() if len(seconds) else math.nan
-    return Summary(Path(cfg.work_dir), losses.tolist(), metrics, speed, memory)
+    return Summary(Path(cfg.work_dir), losses.tolist(), _metrics(runner), speed, peak_memory)
 
 
 def _report(summary: Summary) -> None:

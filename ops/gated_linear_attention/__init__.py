@@ -22,9 +22,6 @@ they are kept for the backward pass. Time and memory are linear in N; no decay o
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -196,21 +193,13 @@ _library.define(
 
 # Implementations -------------------------------------------------------------------------------------------------
 
-_TRITON = f"{__name__}.triton_impl"
 KERNEL_KEY_SIZES, KERNEL_VALUE_SIZES = (16, 32, 64, 128), (32, 64, 128)
 """Head sizes d_k and d_v that kernels are made for."""
-
-
-@cache
-def _has_kernels() -> bool:
-    return find_spec(_TRITON) is not None
 
 
 def _why_not_triton(call: GatedCall) -> str | None:
     from subquad.ops import _triton
 
-    if not _has_kernels():
-        return "there are no kernels for it yet"
     if (reason := _triton.why_not(call.q)) is not None:
         return reason
     if call.q.dtype == torch.float64:
@@ -223,6 +212,12 @@ def _why_not_triton(call: GatedCall) -> str | None:
     return None
 
 
+def _load_triton() -> Any:
+    from subquad.ops.gated_linear_attention import triton_impl
+
+    return triton_impl
+
+
 def _load_torch() -> Any:
     from subquad.ops.gated_linear_attention import torch_impl
 
@@ -233,7 +228,7 @@ _dispatch.register(
     _OP,
     prepare,
     (
-        _dispatch.Implementation("triton", _why_not_triton, lambda: import_module(_TRITON)),
+        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
         _dispatch.Implementation("torch", lambda call: None, _load_torch),
         _dispatch.Implementation("reference", lambda call: None, lambda: reference),
     ),

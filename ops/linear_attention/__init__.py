@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops import _checks, _dispatch, _library
+from subquad.ops import _checks, _dispatch, _library, _triton
 from subquad.ops.linear_attention import reference
 from subquad.ops.linear_attention.call import (
     FEATURE_MAPS,
@@ -301,6 +301,36 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+def _why_not_triton(call: AttentionCall) -> str | None:
+    """The reason why the Triton kernels cannot serve a call, or None."""
+    if (reason := _triton.why_not(call.v)) is not None:
+        return reason
+    if call.v.dtype == torch.float64:
+        return "float64 runs in PyTorch"
+    if call.q.shape[0] == 0:
+        return "empty batch"
+    dim, values = call.q.shape[-1], call.v.shape[-1]
+    heads = f"heads of {dim} features and {values} values"
+    plain = call.normalizer in ("divide", "clamp", "none") and call.v.dtype == torch.bfloat16
+    most = 256 if plain else 128
+    if dim > most or values > 128:
+        return f"{heads}, the kernels take up to {most} and 128 for {call.normalizer!r} in {call.v.dtype}"
+    needed = 0  # bytes of shared memory beyond what every GPU has
+    if max(dim, values) > 64:
+        needed = 220_000
+    elif max(dim, values) > 32 and call.v.dtype == torch.float32:
+        needed = 110_000
+    if needed > (size := _triton.shared_memory(call.v.device)):
+        return f"{heads}, which need {needed} bytes of shared memory, the GPU has {size}"
+    return None
+
+
+def _load_triton() -> Any:
+    from subquad.ops.linear_attention import triton_impl
+
+    return triton_impl
+
+
 def _load_torch() -> Any:
     from subquad.ops.linear_attention import torch_impl
 
@@ -311,6 +341,7 @@ _dispatch.register(
     _OP,
     prepare,
     (
+        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
         _dispatch.Implementation("torch", lambda call: None, _load_torch),
         _dispatch.Implementation("reference", lambda call: None, lambda: reference),
     ),

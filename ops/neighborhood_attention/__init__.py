@@ -212,6 +212,27 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+def _why_not_triton(call: NeighborhoodCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.q)) is not None:
+        return reason
+    if call.working == torch.float64:
+        return "float64 is computed in PyTorch"
+    if len(call.size) == 3:
+        return "the kernels serve one and two axes, got three"
+    if call.additional_keys is not None:
+        return "additional keys are attended in PyTorch"
+    channels, most = max(call.q.shape[-1], call.v.shape[-1]), 256 // call.q.element_size()
+    return f"the kernels serve heads of at most {most} channels, got {channels}" if channels > most else None
+
+
+def _load_triton() -> Any:
+    from subquad.ops.neighborhood_attention import triton_impl
+
+    return triton_impl
+
+
 def _why_not_sdpa(call: NeighborhoodCall) -> str | None:
     return _load_sdpa().why_not(call)
 
@@ -233,7 +254,7 @@ for _axes in (1, 2, 3):
         f"na{_axes}d",
         partial(prepare, _axes),
         (
-            _dispatch.Implementation("triton", lambda call: "there are no Triton kernels of it yet", lambda: None),
+            _dispatch.Implementation("triton", _why_not_triton, _load_triton),
             _dispatch.Implementation("sdpa", _why_not_sdpa, _load_sdpa),
             _dispatch.Implementation("torch", lambda call: None, _load_torch),
             _dispatch.Implementation("reference", lambda call: None, lambda: reference),

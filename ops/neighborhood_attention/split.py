@@ -257,7 +257,7 @@ def _load_torch() -> Any:
 
 
 def _no_kernels(call: NeighborhoodCall) -> str:
-    return f"it has kernels for na{len(call.size)}d only"
+    return "there are no kernels of the split forms"
 
 
 for _axes in (1, 2, 3):

@@ -10,6 +10,7 @@ from subquad.ops.selective_scan._triton_tiles import (
     _adjoint_reversed,
     _channels,
     _collect,
+    _if,
     _in_channels,
     _kernel,
     _lanes,
@@ -19,6 +20,7 @@ from subquad.ops.selective_scan._triton_tiles import (
     _locate_columns,
     _locate_map,
     _parameters,
+    _path,
     _recur,
     _recur_reversed,
     _route,
@@ -32,16 +34,17 @@ from subquad.ops.selective_scan._triton_tiles import (
 
 @_kernel
 def selective_scan_bwd_kernel_states(
-    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_paths, p_states, p_entries,
+    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_table, p_states, p_entries,
     p_tiles, p_adjoints, p_sums, p_ends, p_totals, p_ginitial, p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+    height, width, magic, shift, n_routes, routes, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """States and adjoint states without gradients, walked from the path's start: what the gradient pass, which walks
     from the end, cannot know when it comes to a tile.
@@ -54,7 +57,7 @@ def selective_scan_bwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    p_path = p_paths + group * ((length + 3) // 4 * 4)
+    path = _path(p_table, routes, group, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -78,7 +81,7 @@ def selective_scan_bwd_kernel_states(
     b_qr = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumf = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumr = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if FORWARD:
             b_h = _load_state(p_state + n, m_state, BC) * _LOG2E
         if ENTRY:
@@ -88,9 +91,11 @@ def selective_scan_bwd_kernel_states(
             _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
             _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
     for tile in range(segment_tiles):
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(
+            path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, TABLE, INDEX
+        )
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+            path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, TABLE, INDEX
         )
         b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
         if FORWARD:
@@ -102,7 +107,7 @@ def selective_scan_bwd_kernel_states(
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
                     b_h = _load_state(p_slot + n * (4 * BC), m_state, BC)
@@ -128,7 +133,7 @@ def selective_scan_bwd_kernel_states(
             if TWO_LEVEL:
                 _store_state(p_sum + tile * dim, b_sumr, m_state, BC)
                 b_sumr += _sum_time(b_d, BC)
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
                     b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
@@ -142,7 +147,7 @@ def selective_scan_bwd_kernel_states(
             o_total = (o_pathf * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumf, m_state, BC)
             p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_qf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
                 _store_state(p_end + n * dim, b_qf, m_state, BC)
@@ -150,12 +155,12 @@ def selective_scan_bwd_kernel_states(
             o_total = (o_pathr * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumr, m_state, BC)
             p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
                 _store_state(p_end + n * dim, b_qr, m_state, BC)
     elif REVERSED and KEEP_INITIAL:
-        for n in range(N):
+        for n in (tl.static_range if N == 1 else range)(N):
             if N > 1:
                 b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
             p_first = p_ginitial + (o_pathr * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
@@ -181,7 +186,7 @@ def _route_gradients(
     b_gd = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
     b_low = tl.zeros((BR, 4 * STEPS), dtype=tl.float32)
     b_gbc = tl.zeros((BN, 4 * STEPS), dtype=tl.float32)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if N > 1:
             b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0)
             b_in = _load_state(p_in + n * dim, m_state, BC)
@@ -242,7 +247,7 @@ def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
 def _store_parameters(p_param, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state, N: tl.constexpr, BC: tl.constexpr):
     """Write a route's [E, N + 2] gradients of A, D and bias, summed over this program's lanes."""
     p_row = p_param + o_c * (N + 2)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if N > 1:
             b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
         tl.store(p_row + n, tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
@@ -252,16 +257,18 @@ def _store_parameters(p_param, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state, N: 
 
 @_kernel
 def selective_scan_bwd_kernel(
-    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_states, p_entries, p_tiles, p_adjoints, p_sums,
-    p_before, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
+    p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_table, p_states, p_entries, p_tiles, p_adjoints, p_sums,
+    p_partial, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images, add,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+    height, width, magic, shift, n_routes, routes, images, add, done,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all inputs, for the two routes of one group, walked from the path's end.
 
@@ -280,6 +287,7 @@ def selective_scan_bwd_kernel(
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
+    path = _path(p_table, routes, 0, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     dtype: tl.constexpr = p_x.dtype.element_ty
     i_program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -309,7 +317,7 @@ def selective_scan_bwd_kernel(
     b_entry = tl.zeros((BC, 4), dtype=tl.float32)
     b_gAf = tl.zeros((BC, 4), dtype=tl.float32)
     b_gAr = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if FORWARD and ENTRY:
             b_q = _load_state(p_entryf + n * dim, m_state, BC)
         if REVERSED:
@@ -333,9 +341,11 @@ def selective_scan_bwd_kernel(
     p_gwr = p_gweight + (o_param + k_r * dim) * BR + o_gw
     for step in range(segment_tiles):
         tile = segment_tiles - 1 - step
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(
+            path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, TABLE, INDEX
+        )
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+            path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, TABLE, INDEX
         )
         b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
@@ -411,8 +421,10 @@ def selective_scan_bwd_kernel(
                 if LOW_RANK:
                     _store_rows(p_grow, b_low, m_t, RANK)
         b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
-        b_gx += _load_tile(p_before, o_map, m_map & (tl.zeros(m_map.shape, tl.int32) < add), BC, STEPS)
-        tl.store(p_gx + o_map, _to_map(b_gx, BC, STEPS).to(p_gx.dtype.element_ty), mask=m_map)
+        b_gx += _load_tile(p_partial, o_map, _if(add, m_map), BC, STEPS)
+        b_gx = _to_map(b_gx, BC, STEPS)
+        tl.store(p_partial + o_map, b_gx.to(p_partial.dtype.element_ty), mask=_if(1 - done, m_map))
+        tl.store(p_gx + o_map, b_gx.to(p_gx.dtype.element_ty), mask=_if(done, m_map))
     if FORWARD:
         _store_parameters(
             p_gparams + (o_param + k_f * dim) * (N + 2), b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
@@ -421,7 +433,7 @@ def selective_scan_bwd_kernel(
         if LOW_RANK and BR == 16:
             tl.store(p_gwf, b_gwf, mask=m_c[:, None])
         if KEEP_INITIAL and not TWO_LEVEL:
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_q = _load_state(p_slot + n * (4 * BC), m_state, BC)
                 p_first = p_ginitial + (o_pathf * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
@@ -458,3 +470,39 @@ def selective_scan_bwd_kernel_rows(
     tl.store(p_gB + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])
     o_n = o_n - N
     tl.store(p_gC + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])
+
+
+@_kernel
+def selective_scan_bwd_kernel_parameters(
+    p_params, p_weights, p_gA, p_gD, p_gbias, p_gweight, programs, channels,
+    N: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """Sum [programs, K * E, N + 2] over programs into gA, gD and gbias; for programs 1 of the second axis of the grid,
+    [programs, K * E, BR] into gweight (K * E, R). In a fixed order.
+
+    Grid (numbers of a row / BJ, 2 with low-rank steps).
+    """
+    o_j = tl.program_id(0) * BJ + tl.arange(0, BJ)
+    if tl.program_id(1) == 0:
+        o_e = o_j // (N + 2)
+        o_n = o_j % (N + 2)
+        b = _sum_programs(p_params, o_j, o_e < channels, programs, channels * (N + 2), BP, BJ)
+        tl.store(p_gA + o_e * N + o_n, b, mask=(o_e < channels) & (o_n < N))
+        tl.store(p_gD + o_e, b, mask=(o_e < channels) & (o_n == N))
+        tl.store(p_gbias + o_e, b, mask=(o_e < channels) & (o_n == N + 1))
+    else:
+        o_e = o_j // BR
+        o_r = o_j % BR
+        b = _sum_programs(p_weights, o_j, (o_e < channels) & (o_r < RANK), programs, channels * BR, BP, BJ)
+        tl.store(p_gweight + o_e * RANK + o_r, b, mask=(o_e < channels) & (o_r < RANK))
+
+
+@triton.jit
+def _sum_programs(p, o_j, m_j, programs, stride, BP: tl.constexpr, BJ: tl.constexpr):
+    """Column sums [BJ] of a matrix with ``programs`` rows."""
+    b_sum = tl.zeros((BP, BJ), dtype=tl.float32)
+    for start in range(0, programs, BP):
+        o_p = start + tl.arange(0, BP)
+        p_tile = p + o_p.to(tl.int64)[:, None] * stride + o_j[None, :]
+        b_sum += tl.load(p_tile, mask=(o_p < programs)[:, None] & m_j[None, :], other=0.0)
+    return tl.sum(b_sum, 0)

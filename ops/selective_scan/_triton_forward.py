@@ -8,6 +8,7 @@ from subquad.ops.selective_scan._triton_tiles import (
     _LOG2E,
     _channels,
     _collect_reversed,
+    _if,
     _in_channels,
     _kernel,
     _lanes,
@@ -17,6 +18,7 @@ from subquad.ops.selective_scan._triton_tiles import (
     _locate_columns,
     _locate_map,
     _parameters,
+    _path,
     _recur,
     _recur_reversed,
     _route,
@@ -30,14 +32,15 @@ from subquad.ops.selective_scan._triton_tiles import (
 
 @_kernel
 def selective_scan_fwd_kernel_states(
-    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_paths, p_entries, p_tiles, p_sums, p_ends, p_totals, p_states,
+    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_table, p_entries, p_tiles, p_sums, p_ends, p_totals, p_states,
     p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, images,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+    height, width, magic, shift, n_routes, routes, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """States without outputs, walked from the path's end: what the output pass cannot know when it comes to a tile.
 
@@ -48,7 +51,7 @@ def selective_scan_fwd_kernel_states(
     group = tl.program_id(2)
     k_f = _route(routes, group * 2)
     k_r = _route(routes, group * 2 + 1)
-    p_path = p_paths + group * ((length + 3) // 4 * 4)
+    path = _path(p_table, routes, group, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -67,7 +70,7 @@ def selective_scan_fwd_kernel_states(
     b_hr = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumf = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumr = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if ENTRY:
             p_entry = p_entries + ((o_pathr * N + n) * dim)[:, None, None] + o_sc[None, :, :]
             b_hr = _load_state(p_entry, m_state, BC) * _LOG2E
@@ -76,9 +79,11 @@ def selective_scan_fwd_kernel_states(
             _store_state(p_slot + (N + n) * (4 * BC), b_hf, m_state, BC)
     for step in range(segment_tiles):
         tile = segment_tiles - 1 - step
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(
+            path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, TABLE, INDEX
+        )
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+            path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, TABLE, INDEX
         )
         b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         if REVERSED:
@@ -92,7 +97,7 @@ def selective_scan_fwd_kernel_states(
             if TWO_LEVEL:
                 _store_state(p_sum + tile * dim, b_sumr, m_state, BC)
                 b_sumr += _sum_time(b_d, BC)
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
                     b_hr = _load_state(p_slot + n * (4 * BC), m_state, BC)
@@ -109,7 +114,7 @@ def selective_scan_fwd_kernel_states(
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
                     b_hf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
@@ -124,7 +129,7 @@ def selective_scan_fwd_kernel_states(
             o_total = ((o_b * n_routes + k_f) * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumf, m_state, BC)
             p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_hf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
                 _store_state(p_end + n * dim, b_hf * _LN2, m_state, BC)
@@ -132,13 +137,13 @@ def selective_scan_fwd_kernel_states(
             o_total = (o_pathr * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumr, m_state, BC)
             p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_hr = _load_state(p_slot + n * (4 * BC), m_state, BC)
                 _store_state(p_end + n * dim, b_hr * _LN2, m_state, BC)
     elif REVERSED:
         o_last = (o_pathr * slots + slots - 1) * dim
-        for n in range(N):
+        for n in (tl.static_range if N == 1 else range)(N):
             if N > 1:
                 b_hr = _load_state(p_slot + n * (4 * BC), m_state, BC)
             _store_state(p_states + (o_last * N + n)[:, None, None] + (o_sc * N)[None, :, :], b_hr * _LN2, m_state, BC)
@@ -146,25 +151,28 @@ def selective_scan_fwd_kernel_states(
 
 @_kernel
 def selective_scan_fwd_kernel(
-    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_path, p_entries, p_tiles, p_sums, p_states, p_before, p_y,
+    p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_table, p_entries, p_tiles, p_sums, p_states, p_partial, p_y,
     p_scratch,
     n_lanes, length, segments, segment_tiles, slots, dim,
-    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k, n_routes, routes, add,
+    stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
+    height, width, magic, shift, n_routes, routes, add, done,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(d_t A) h_{t-1} + d_t B_t x_t;  y_t = C_t . h_t + D x_t, summed over the two routes of one group.
 
     Grid (E / BC, lanes / 4), one warp, walked from the path's start. The forward route's state stays on chip; the
     reversed route enters each tile with the state that ``selective_scan_fwd_kernel_states`` left. So x is read once and
-    y written once, plus what earlier groups left in ``p_before`` (``add``). Saves the states at chunk
+    y written once: to ``p_y`` by the last group (``done``), by others to ``p_partial``, to which all but the first
+    (``add``) add. One kernel serves all groups, for the time that compiling takes. Saves the states at chunk
     entries (every CHUNK steps). All arithmetic is fp32.
     """
     k_f = _route(routes, 0)
     k_r = _route(routes, 1)
+    path = _path(p_table, routes, 0, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
@@ -191,7 +199,7 @@ def selective_scan_fwd_kernel(
     p_stater = p_states + (o_pathr * slots * dim * N)[:, None, None] + (o_sc * N)[None, :, :]
     b_hf = tl.zeros((BC, 4), dtype=tl.float32)
     b_er = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in range(N):
+    for n in (tl.static_range if N == 1 else range)(N):
         if FORWARD:
             if ENTRY:
                 b_hf = _load_state(p_entryf + n * dim, m_state, BC) * _LOG2E
@@ -200,9 +208,11 @@ def selective_scan_fwd_kernel(
         if TWO_LEVEL and REVERSED:
             b_er = _load_state(p_entryr + n * dim, m_state, BC) * _LOG2E
     for tile in range(segment_tiles):
-        o_nb, o_np, m_t = _locate_columns(p_path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, INDEX)
+        o_nb, o_np, m_t = _locate_columns(
+            path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, TABLE, INDEX
+        )
         o_mb, o_mp, o_map, m_map = _locate_map(
-            p_path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, INDEX
+            path, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, TABLE, INDEX
         )
         b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
         if REVERSED:
@@ -211,15 +221,13 @@ def selective_scan_fwd_kernel(
             if TWO_LEVEL:
                 b_sumr = _load_state(p_sum + tile * dim, m_state, BC)
                 b_hr += tl.exp2(b_sumr * b_Ar[:, None]) * b_er
-        b_y = (
-            _load_tile(p_before, o_map, m_map & (tl.zeros(m_map.shape, tl.int32) < add), BC, STEPS) + b_x * b_D[:, None]
-        )
+        b_y = _load_tile(p_partial, o_map, _if(add, m_map), BC, STEPS) + b_x * b_D[:, None]
         b_sum = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
         if FORWARD:
             if tile % (CHUNK // STEPS) == 0:
                 o_chunk = (o_segment * segment_tiles + tile) // (CHUNK // STEPS)
                 m_save = m_state & (o_chunk < slots - 1)[:, None, None]
-                for n in range(N):
+                for n in (tl.static_range if N == 1 else range)(N):
                     if N > 1:
                         b_hf = _load_state(p_slot + n * (4 * BC), m_state, BC)
                     _store_state(p_statef + (o_chunk * dim * N + n)[:, None, None], b_hf * _LN2, m_save, BC)
@@ -230,7 +238,7 @@ def selective_scan_fwd_kernel(
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
                     b_hf = _load_state(p_slot + n * (4 * BC), m_state, BC)
@@ -249,7 +257,7 @@ def selective_scan_fwd_kernel(
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
-            for n in range(N):
+            for n in (tl.static_range if N == 1 else range)(N):
                 if N > 1:
                     b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
                     b_hr = _load_state(p_tile + (tile * N + n) * dim, m_state, BC)
@@ -261,9 +269,11 @@ def selective_scan_fwd_kernel(
                 b_h, b_hr = _recur_reversed(b_hr, tl.exp2(b_d * b_Ar[:, None]), b_dx * b_B, BC)
                 b_sum += b_h * b_C
         b_y += b_sum * _LN2
-        tl.store(p_y + o_map, _to_map(b_y, BC, STEPS).to(p_y.dtype.element_ty), mask=m_map)
+        b_y = _to_map(b_y, BC, STEPS)
+        tl.store(p_partial + o_map, b_y.to(p_partial.dtype.element_ty), mask=_if(1 - done, m_map))
+        tl.store(p_y + o_map, b_y.to(p_y.dtype.element_ty), mask=_if(done, m_map))
     if FORWARD and not TWO_LEVEL:
-        for n in range(N):
+        for n in (tl.static_range if N == 1 else range)(N):
             if N > 1:
                 b_hf = _load_state(p_slot + n * (4 * BC), m_state, BC)
             _store_state(p_statef + ((slots - 1) * dim * N + n), b_hf * _LN2, m_state, BC)

@@ -6,6 +6,7 @@ See triton_impl.py for the design.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
 _MOST_PLANS = 256  # a bound for programs that see images of any size
 LANES = 4
+_TABLE_FROM = 2048  # steps of a path; making a table takes longer than what kernels gain on smaller maps
 
 
 class Config(NamedTuple):
@@ -101,24 +103,10 @@ def _groups(codes: list[int]) -> list[Group]:
     return groups
 
 
-def make_paths(call: ScanCall, groups: list[Group]) -> Tensor:
-    """Row-major pixels along each group's path, walked forwards, int32 (groups, L); rows start 16-byte aligned.
-
-    Made anew for each call, in its stream and memory pool: a table that a graph reads must live as long as the graph.
-    """
-    height, width = call.x.shape[1:3]
-    length = height * width
-    paths = torch.empty(len(groups), 4 * triton.cdiv(length, 4), dtype=torch.int32, device=call.x.device)[:, :length]
-    rows = torch.arange(length, dtype=torch.int32, device=call.x.device)
-    for group, path in zip(groups, paths, strict=True):
-        if group.code == TABLE:
-            assert call.table is not None
-            path.copy_(call.table[group.forward])
-        elif group.code & COLUMN:
-            path.view(width, height).copy_(rows.view(height, width).t())
-        else:
-            path.copy_(rows)
-    return paths
+def division(divisor: int) -> tuple[int, int]:
+    """(m, s) with t // divisor == (t * m) >> s for 0 <= t < 2**30, and m < 2**31 (Granlund and Montgomery, 1994)."""
+    shift = 30 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
 
 
 class Plan(NamedTuple):
@@ -141,6 +129,30 @@ class Plan(NamedTuple):
     @property
     def groups_at_once(self) -> int:
         return max(map(len, self.batches))
+
+
+def make_paths(call: ScanCall, plan: Plan) -> Sequence[Tensor]:
+    """Row-major pixels along each group's path, walked forwards, int32 (groups, L), for a plan whose kernels read them.
+
+    Rows start 16-byte aligned. Made anew for each call, in its stream and memory pool: a table that a graph reads must
+    live as long as the graph.
+    """
+    if not plan.meta["TABLE"]:
+        return [call.x] * len(plan.groups)  # never read
+    height, width = call.x.shape[1:3]
+    length = height * width
+    padded = 4 * triton.cdiv(length, 4)
+    paths = torch.empty(len(plan.groups), padded, dtype=torch.int32, device=call.x.device)[:, :length]
+    rows = torch.arange(length, dtype=torch.int32, device=call.x.device)
+    for group, path in zip(plan.groups, paths, strict=True):
+        if group.code == TABLE:
+            assert call.table is not None
+            path.copy_(call.table[group.forward])
+        elif group.code & COLUMN:
+            path.view(width, height).copy_(rows.view(height, width).t())
+        else:
+            path.copy_(rows)
+    return list(paths)
 
 
 _plans: dict[object, Plan] = {}
@@ -213,6 +225,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         "EXACT": call.x.dtype == torch.float32,
         "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
         "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
+        "TABLE": call.table is not None or length >= _TABLE_FROM,
         "num_warps": 1,
         "num_stages": config.stages,
     }
@@ -234,6 +247,9 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
             dim,
             *_strides(inputs.dt),
             *row_strides,
+            height,
+            width,
+            *division(height),
             n_routes,
         ),
         meta=meta,
@@ -251,9 +267,10 @@ def _batches(groups: list[Group], size: int) -> list[list[Group]]:
 
 
 def pack_routes(groups: list[Group]) -> int:
-    """Route numbers in 7 bits each, as the kernels read them."""
+    """Route numbers of up to two groups in 7 bits each, then a bit for a path along columns: what kernels read."""
     numbers = [max(k, 0) for group in groups for k in (group.forward, group.reversed)]
-    return sum(k << (7 * i) for i, k in enumerate(numbers))
+    columns = [group.code != TABLE and bool(group.code & COLUMN) for group in groups]
+    return sum(k << (7 * i) for i, k in enumerate(numbers)) | sum(c << (28 + i) for i, c in enumerate(columns))
 
 
 class Inputs(NamedTuple):
@@ -299,7 +316,7 @@ def _are_rows(parts: Sequence[Tensor]) -> bool:
     for part in parts:
         if part.stride(-1) != 1 or part.data_ptr() != end or part.stride()[:4] != first.stride()[:4]:
             return False
-        end += part[0, 0, 0, 0].numel() * part.element_size()
+        end += math.prod(part.shape[4:]) * part.element_size()
     return end - first.data_ptr() <= first.stride(3) * first.element_size() and _with_rows(first) is first
 
 

@@ -12,7 +12,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # would only multiply the time of the first call.
 _PLAIN = {
     *("n_lanes", "length", "segments", "segment_tiles", "slots", "stride_row_b", "stride_row_p", "stride_row_k"),
-    *("n_routes", "routes", "images", "add", "reversed_routes", "last", "rows", "programs"),
+    *("height", "width", "magic", "shift"),
+    *("n_routes", "routes", "images", "add", "done", "reversed_routes", "last", "rows", "programs"),
 }
 
 
@@ -131,48 +132,74 @@ def _in_channels(m, o_c, dim, EVEN_C: tl.constexpr):
 
 
 @triton.jit
-def _pixels(p_path, o_t, o_end, EVEN: tl.constexpr):
+def _path(p_table, routes, group, length, height, width, magic, shift):
+    """What ``_pixels`` knows of a group's path: its row of the table, the steps that a run of pixels one line apart
+    takes (1 for rows, height for columns), and how to divide by them.
+    """
+    column = (routes >> (28 + group)) & 1
+    run = 1 + column * (height - 1)
+    return p_table + group * ((length + 3) // 4 * 4), run, width, 1 + column * (magic - 1), column * shift
+
+
+@triton.jit
+def _if(flag, m):
+    """``m`` where the number ``flag`` is not 0."""
+    return m & (tl.zeros(m.shape, tl.int32) < flag)
+
+
+@triton.jit
+def _pixels(path, o_t, o_end, EVEN: tl.constexpr, TABLE: tl.constexpr):
     """Pixels of steps of a path, and which of the steps there are: all of them with EVEN.
 
-    Loaded from a table: computing them costs a division in each of the layouts that addresses are needed in.
+    t // run is a product and a shift (see ``division``): a true division would be repeated in each of the layouts that
+    addresses are needed in.
     """
+    p_table, run, width, magic, shift = path
     if EVEN:
         m_t = tl.full(o_t.shape, True, tl.int1)
     else:
         m_t = o_t < o_end
-    return tl.load(p_path + o_t, mask=m_t, other=0), m_t
+    if TABLE:
+        o_p = tl.load(p_table + o_t, mask=m_t, other=0)
+    else:
+        o_line = ((o_t.to(tl.int64) * magic) >> shift).to(tl.int32)
+        o_p = o_line + (o_t - o_line * run) * width
+    return o_p, m_t
 
 
 @triton.jit
 def _locate_columns(
-    p_path, tile, n_lanes, segments, segment_tiles, length,
-    STEPS: tl.constexpr, EVEN: tl.constexpr, INDEX: tl.constexpr,
+    path, tile, n_lanes, segments, segment_tiles, length,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Image, pixel and mask of the columns of a tile, each [4 * STEPS]."""
     o_n = tl.arange(0, 4 * STEPS)
     o_b, _, o_start, o_end = _lanes(o_n % 8 // 2, n_lanes, segments, segment_tiles * STEPS, length, INDEX)
-    o_p, m_t = _pixels(p_path, o_start + tile * STEPS + (o_n // 8 * 2 + o_n % 2), o_end, EVEN)
+    o_p, m_t = _pixels(path, o_start + tile * STEPS + (o_n // 8 * 2 + o_n % 2), o_end, EVEN, TABLE)
     return o_b, o_p, m_t
 
 
 @triton.jit
 def _locate_map(
-    p_path, tile, o_c, n_lanes, segments, segment_tiles, length, dim,
-    STEPS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, INDEX: tl.constexpr,
+    path, tile, o_c, n_lanes, segments, segment_tiles, length, dim,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, TABLE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Images [4], pixels [4, STEPS], and offsets and mask of a tile in a contiguous map (B, L, E), each
     [4, 8, STEPS, BC / 8].
     """
     o_b, _, o_start, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     o_t = (o_start + tile * STEPS)[:, None] + tl.arange(0, STEPS)[None, :]
-    o_p, m_t = _pixels(p_path, o_t, tl.broadcast_to(o_end[:, None], (4, STEPS)), EVEN)
+    o_p, m_t = _pixels(path, o_t, tl.broadcast_to(o_end[:, None], (4, STEPS)), EVEN, TABLE)
     o_map = ((o_b[:, None] * length + o_p) * dim)[:, None, :, None] + o_c[None, :, None, :]
     return o_b, o_p, o_map, _in_channels(m_t[:, None, :, None], o_c[None, :, None, :], dim, EVEN_C)
 
 
 @triton.jit
 def _route(routes, field):
-    """One of the route numbers that ``routes`` packs in 7 bits each: forward and reversed route of each group."""
+    """One of the route numbers that ``routes`` packs in 7 bits each: forward and reversed route of each group.
+
+    Above them, from bit 28 on, is a bit for each group: whether its path runs along columns.
+    """
     return (routes >> (field * 7)) & 127
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from subquad.ops import _triton
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
+    selective_scan_bwd_kernel_parameters,
     selective_scan_bwd_kernel_rows,
     selective_scan_bwd_kernel_states,
 )
@@ -125,7 +126,8 @@ def _compile_ahead(call: ScanCall, config: Config) -> None:
     meta = call._replace(**tensors)
     with _triton.compiling_ahead(call.x.device):
         y, states = _forward(meta, config)
-        if call.x.requires_grad:
+    if call.x.requires_grad:
+        with _triton.compiling_ahead(call.x.device, urgent=False):
             _backward(meta, states, y, None, default_config("backward", call))
 
 
@@ -140,7 +142,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     x, meta = inputs.x, plan.meta
     batch, dim, n_routes, state = x.shape[0], x.shape[-1], len(call.routes), meta["N"]
 
-    paths = make_paths(call, plan.groups)
+    paths = make_paths(call, plan)
     y = torch.empty_like(x, dtype=call.out_dtype)
     partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
     states = _scratch(x, batch, n_routes, plan.sizes[4], dim, state)
@@ -149,17 +151,17 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     given = _by_channel(call.initial_state)
     has_given = given is not None
     given = states if given is None else given
-    entries, before = given, None
+    entries = given
     shared = (x, inputs.dt, inputs.rows, inputs.weight, inputs.bias, inputs.A)
 
     with torch.cuda.device_of(x):
-        for number, groups in enumerate(plan.batches):
+        for batch_number, groups in enumerate(plan.batches):
             is_forward, is_reversed = groups[0].directions
             directions = {"FORWARD": is_forward, "REVERSED": is_reversed}
             first = plan.groups.index(groups[0])
             if is_reversed or plan.two_level:
                 plan.launch(
-                    f"states {number}",
+                    f"states {batch_number}",
                     selective_scan_fwd_kernel_states,
                     (*plan.grid, len(groups)),
                     (
@@ -174,19 +176,18 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     plan, inputs.A, between, given if has_given else None, last, states.stride(1), "reversed"
                 )
             for i, group in enumerate(groups):
-                target = y if group is plan.groups[-1] else partial
+                number = first + i
                 plan.launch(
-                    f"output {first + i}",
+                    f"output {number}",
                     selective_scan_fwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, paths[first + i], entries, *_of_group(between, i), states,
-                        target if before is None else before, target, waiting, *plan.sizes, pack_routes([group]),
-                        int(before is not None),
+                        *shared, inputs.D, paths[number], entries, *_of_group(between, i), states,
+                        partial, y, waiting, *plan.sizes, pack_routes([group]),
+                        int(number > 0), int(number == len(plan.groups) - 1),
                     ),
                     {**meta, **directions, "ENTRY": plan.two_level or has_given},
                 )  # fmt: skip
-                before = target
     return y, states
 
 
@@ -210,7 +211,7 @@ def _backward(
     blocks, lane_programs = plan.grid
     low_rank = call.dt_weight is not None
 
-    paths = make_paths(call, plan.groups)
+    paths = make_paths(call, plan)
     grad_x = torch.empty_like(x)
     partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
     grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
@@ -218,7 +219,9 @@ def _backward(
     rows_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     rows = x.new_empty((blocks, batch * height * width * n_routes, meta["ROW"]), dtype=rows_dtype)
     params = _scratch(x, lane_programs, n_routes, dim, state + 2)
-    weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else x
+    weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else params
+    grad_A, grad_D, grad_bias = torch.empty_like(inputs.A), torch.empty_like(inputs.D), torch.empty_like(inputs.bias)
+    grad_weight = torch.empty_like(inputs.weight)
     grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
     keep = grad_initial is not None
     between = _between(x, plan, n_routes, state)
@@ -227,17 +230,17 @@ def _backward(
     given = _by_channel(grad_last_state)
     has_given = given is not None
     given = states if given is None else given
-    entries, before = given, None
+    entries = given
     shared = (grad_y, x, inputs.dt, inputs.rows, inputs.weight, inputs.bias, inputs.A)
     initial = states if grad_initial is None else grad_initial
 
     with torch.cuda.device_of(x):
-        for number, groups in enumerate(plan.batches):
+        for batch_number, groups in enumerate(plan.batches):
             is_forward, is_reversed = groups[0].directions
             directions = {"FORWARD": is_forward, "REVERSED": is_reversed, "KEEP_INITIAL": keep}
             first = plan.groups.index(groups[0])
             plan.launch(
-                f"states {number}",
+                f"states {batch_number}",
                 selective_scan_bwd_kernel_states,
                 (*plan.grid, len(groups)),
                 (
@@ -251,22 +254,22 @@ def _backward(
                     plan, inputs.A, between, given if has_given else None, grad_initial, dim * state, "forward"
                 )
             for i, group in enumerate(groups):
-                target = grad_x if group is plan.groups[-1] else partial
+                number = first + i
                 plan.launch(
-                    f"gradients {first + i}",
+                    f"gradients {number}",
                     selective_scan_bwd_kernel,
                     (*plan.grid, 1),
                     (
-                        *shared, inputs.D, paths[first + i], states, entries, state_tiles[i],
-                        *_of_group(between, i), target if before is None else before, target, grad_dt, rows, weights,
-                        params, initial, waiting, *plan.sizes, pack_routes([group]), batch, int(before is not None),
+                        *shared, inputs.D, paths[number], states, entries, state_tiles[i],
+                        *_of_group(between, i), partial, grad_x, grad_dt, rows, weights,
+                        params, initial, waiting, *plan.sizes, pack_routes([group]), batch,
+                        int(number > 0), int(number == len(plan.groups) - 1),
                     ),
                     {
                         **meta, **directions, "ENTRY": plan.two_level or has_given,
                         "DOT": _dot_dtype(x),
                     },
                 )  # fmt: skip
-                before = target
         plan.launch(
             "rows",
             selective_scan_bwd_kernel_rows,
@@ -281,16 +284,23 @@ def _backward(
                 "num_warps": 4,
             },
         )
-    grad_A, grad_D, grad_bias = params.sum(0).split([state, 1, 1], dim=-1)
+        channels, block = n_routes * dim, 32
+        plan.launch(
+            "parameters",
+            selective_scan_bwd_kernel_parameters,
+            (triton.cdiv(channels * (max(state + 2, meta["BR"]) if low_rank else state + 2), block), 1 + low_rank, 1),
+            (params, weights, grad_A, grad_D, grad_bias, grad_weight, lane_programs, channels),
+            {"N": state, "RANK": rank, "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
+        )
     return (
         grad_x,
         grad_dt,
-        grad_A.contiguous(),
+        grad_A,
         grad_B,
         grad_C,
-        None if call.D is None else grad_D.squeeze(-1).clone(),
-        weights.sum(0)[..., :rank].contiguous() if low_rank else None,
-        None if call.dt_bias is None else grad_bias.squeeze(-1).clone(),
+        None if call.D is None else grad_D,
+        grad_weight if low_rank else None,
+        None if call.dt_bias is None else grad_bias,
         grad_initial,
     )
 

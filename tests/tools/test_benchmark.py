@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,8 @@ from subquad.tools.benchmarks.registry import Case, OpEntry, Recorded, System, T
 
 SCAN = ops.OPS["selective_scan"]
 GATED = ops.OPS["gated_linear_attention"]
+NEIGHBORHOOD = ops.OPS["neighborhood_attention"]
+WINDOW = ops.OPS["window_attention"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
 
@@ -395,10 +398,18 @@ def test_core_off_skips_the_op_and_puts_it_back() -> None:
     assert layers.selective_scan is real
 
 
+@pytest.mark.parametrize("variant", WINDOW.variants)
+def test_peers_that_copy_windows_compute_the_same(quick: dict[str, Any], variant: str) -> None:
+    options = OpsOptions(**{"shapes": ("2x8x15x2x8",), "variants": (variant,), **quick})
+    rows = ops.run(options, {WINDOW.name: WINDOW})
+    assert {row["system"]: row["status"] for row in rows} == dict.fromkeys(("ours", "timm_eager", "sdpa"), "ok")
+
+
 def test_plan_of_a_sweep() -> None:
     jobs = models.plan(ModelsOptions(peers=("swin*", "resnet50"), resolutions=(224, 1024), batch=128), CPU)
     names = [job.system.name for job in jobs if (job.resolution, job.mode) == (1024, "eager")]
-    assert names == ["vmamba_tiny", "vmamba_tiny, core off", "swin_tiny_patch4_window7_224", "resnet50"]
+    swin = "swin_tiny_patch4_window7_224"
+    assert names == ["vmamba_tiny", "vmamba_tiny, core off", swin, f"{swin}, patched", "resnet50"]
     assert {job.batch for job in jobs if job.resolution == 1024} == {8}
     order = list(dict.fromkeys((job.mode, job.batch == 1) for job in jobs))
     assert order == [("eager", False), ("eager", True), ("cuda graph", True), ("compiled", False)]
@@ -487,3 +498,48 @@ def test_linear_attention_floor() -> None:
         )
         assert floor["fwd_memory_floor_ms"] == pytest.approx(forward, rel=2e-3)
         assert floor["fb_memory_floor_ms"] == pytest.approx(both, rel=2e-3)
+
+
+# Neighborhood attention ------------------------------------------------------------------------------------------
+
+
+def test_neighborhood_attention_beside_dense_attention(quick: dict[str, Any]) -> None:
+    """Both forms pass the gate, and so does dense attention with the windows as a mask; a huge mask is not tried."""
+    options = OpsOptions(**quick, ops=("neighborhood_attention",), shapes=("2x2x9x8x8x3x2",))
+    rows = ops.run(options, {NEIGHBORHOOD.name: NEIGHBORHOOD})
+    assert [(row["variant"], row["system"]) for row in rows] == [
+        (variant, system) for variant in ("plain", "bias") for system in ("ours", "dense_sdpa")
+    ]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(0 < row["error"] < 1e-5 for row in rows)
+    large = Case((1, 1, 65, 64, 8, 3, 1), "plain")
+    tensors = {name: torch.zeros(1, 1, 65 * 64, 8) for name in "qkv"}
+    peer = next(peer for peer in NEIGHBORHOOD.peers if peer.name == "dense_sdpa")
+    with pytest.raises(ValueError, match="a mask of 4160 x 4160 tokens"):
+        peer.call(large, tensors)
+
+
+@pytest.mark.parametrize("name", ["flex_rows", "flex_tiles"])
+@pytest.mark.parametrize("variant", ["plain", "bias"])
+def test_flex_peers_compute_what_ours_does(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled, forward only: what a CPU can do."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = Case((1, 2, 19, 18, 16, 5, 3), variant)
+    tensors = NEIGHBORHOOD.inputs(case, torch.float32, CPU).all()
+    peer = next(peer for peer in NEIGHBORHOOD.peers if peer.name == name)
+    native = {key: peer.to_native(case, key, value) for key, value in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that it was not compiled
+        y = peer.call(case, native)
+    torch.testing.assert_close(
+        peer.from_native(case, "y", y), NEIGHBORHOOD.ours.call(case, tensors), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_neighborhood_attention_floor() -> None:
+    """q, k, v and o of 25.7 M numbers in bfloat16 at 3.0 TB/s, three times that with the gradients; figures by hand."""
+    cost = NEIGHBORHOOD.cost(Case((128, 2, 56, 56, 32, 7, 1), "plain"), 2)
+    floor = ops.floors(cost, Ceilings(copy=3.0e12, matmul=7.5e14, exp2=4.13e12))
+    assert floor["fwd_floor_ms"] == pytest.approx(0.0685, rel=2e-3)
+    assert floor["fb_floor_ms"] == pytest.approx(0.2055, rel=2e-3)
+    assert floor["fwd_exp_floor_ms"] == pytest.approx(0.00952, rel=2e-3)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import elu
 
 from subquad.ops import explain, linear_attention, use_backend
-from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, System, Tensors
+from subquad.tools.benchmarks import recorded
+from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, Recorded, System, Tensors
 
 _NORMALIZERS = ("divide", "subtract", "magnitude", "softmax_weighted")
 _VARIANTS = tuple(f"{name}{suffix}" for name in _NORMALIZERS for suffix in ("", "-rotary"))
@@ -105,6 +106,14 @@ def _cost(case: Case, itemsize: int) -> Cost:
     return Cost(forward, forward + 7 * elements * itemsize, 2 * elements, 4 * elements)
 
 
+def _recorded(case: Case) -> Recorded | None:
+    """Softmax attention with as many rows."""
+    batch, tokens, heads, dim = case.shape
+    if case.variant != "divide" or (dim, tokens) not in recorded.SDPA or batch * tokens * heads < 0.95 * _ROWS:
+        return None
+    return Recorded(recorded.GPU, recorded.SDPA_SYSTEM, *recorded.SDPA[dim, tokens], None)
+
+
 def _why_not_torch_path(device: torch.device) -> str | None:
     probe = Case((1, 4, 1, 4), "divide")
     backend = _backend(probe, _inputs(probe, torch.float32, device).all())
@@ -125,4 +134,5 @@ ENTRY = OpEntry(
     reference=_reference,
     cost=_cost,
     backend=_backend,
+    recorded=_recorded,
 )

@@ -12,12 +12,28 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from subquad.tools.benchmarks import gate, gated_linear_attention, linear_attention, measure, report, selective_scan
+from subquad.tools.benchmarks import (
+    gate,
+    gated_linear_attention,
+    linear_attention,
+    measure,
+    neighborhood_attention,
+    report,
+    selective_scan,
+    window_attention,
+)
 from subquad.tools.benchmarks.measure import Budget, Ceilings, Deadline
 from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, System, Tensors, select
 
 OPS: dict[str, OpEntry] = {
-    entry.name: entry for entry in (linear_attention.ENTRY, gated_linear_attention.ENTRY, selective_scan.ENTRY)
+    entry.name: entry
+    for entry in (
+        linear_attention.ENTRY,
+        gated_linear_attention.ENTRY,
+        neighborhood_attention.ENTRY,
+        selective_scan.ENTRY,
+        window_attention.ENTRY,
+    )
 }
 
 Mode = Literal["eager", "compiled"]

@@ -57,6 +57,40 @@ GATED: dict[tuple[int, ...], tuple[float, float]] = {
 }
 """(B, T, H, d_k, d_v): forward ms, forward + backward ms of two flipped passes."""
 
+SDPA_SYSTEM = "flash SDPA (softmax attention), recorded in another run"
+SDPA: dict[tuple[int, int], tuple[float, float]] = {
+    (32, 196): (0.49, 2.35),
+    (32, 784): (1.12, 4.66),
+    (32, 1024): (1.02, 4.09),
+    (32, 3136): (3.18, 12.2),
+    (32, 16384): (14.3, 50.7),
+    (32, 65536): (56.7, 204),
+    (64, 196): (0.60, 3.55),
+    (64, 784): (1.46, 6.72),
+    (64, 3136): (4.24, 17.3),
+    (64, 16384): (20.7, 76.3),
+    (64, 65536): (82.5, 312),
+}
+"""(head dimension, tokens) of 1.6 M images x heads x tokens: forward ms, forward + backward ms. Another function than
+linear attention: what a model would run in its place."""
+
+NEIGHBORHOOD_SYSTEM = "NATTEN 0.14.6 (fp16, with bias), recorded in another run"
+NEIGHBORHOOD: dict[tuple[int, ...], tuple[float, float]] = {
+    (128, 2, 56, 56, 32, 7, 1): (0.86, 3.01),
+    (128, 4, 28, 28, 32, 7, 1): (0.46, 1.58),
+    (128, 8, 14, 14, 32, 7, 1): (0.24, 0.83),
+    (128, 16, 7, 7, 32, 7, 1): (0.16, 0.52),
+    (128, 2, 56, 56, 32, 7, 8): (1.25, 5.24),
+    (128, 4, 28, 28, 32, 7, 4): (0.64, 2.79),
+    (128, 8, 14, 14, 32, 7, 2): (0.56, 2.36),
+    (8, 2, 256, 256, 32, 7, 1): (1.10, 4.74),
+    (8, 4, 128, 128, 32, 7, 1): (0.56, 2.43),
+    (8, 8, 64, 64, 32, 7, 1): (0.30, 1.22),
+    (8, 4, 128, 128, 32, 7, 16): (0.76, 3.49),
+    (8, 4, 128, 128, 32, 13, 1): (1.92, 7.10),
+}
+"""(B, heads, H, W, D, K, dilation): forward ms, forward + backward ms of its unfused kernels, built for the GPU."""
+
 
 class Model(NamedTuple):
     """Throughput of a whole official model: img/s, and peak MiB of a training step where it was noted."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.backbones import layers
+from subquad.ops.window_attention import patch as patch_windows
 
 # Published ImageNet-1K top-1 at the model's default size: the authors' repositories of our families, Swin (2103.14030),
 # ConvNeXt (2201.03545), DeiT (2012.12877).
@@ -126,6 +127,7 @@ class ModelSystem:
         sized: whether it must be built for the resolution (``img_size``).
         channels_last: memory format of weights and images.
         ours: whether it is ours, and so has to pass the correctness gate.
+        change: what is done to the built model.
         context: entered around all of its work, with the model.
     """
 
@@ -134,6 +136,7 @@ class ModelSystem:
     sized: bool = False
     channels_last: bool = False
     ours: bool = False
+    change: Callable[[nn.Module], nn.Module] = lambda model: model
     context: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -143,12 +146,19 @@ class ModelSystem:
     def build(self, resolution: int, device: torch.device) -> nn.Module:
         """A fresh model with random weights for square images of ``resolution``."""
         options: dict[str, Any] = {"img_size": resolution} if self.sized else {}
-        model = timm.create_model(self.timm_name, pretrained=False, **options)
+        model = self.change(timm.create_model(self.timm_name, pretrained=False, **options))
         return model.to(device).to(memory_format=self.memory_format)
 
 
 PEERS = (
     ModelSystem("swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224", sized=True),
+    ModelSystem(
+        "swin_tiny_patch4_window7_224, patched",
+        "swin_tiny_patch4_window7_224",
+        sized=True,
+        ours=True,
+        change=patch_windows,
+    ),
     ModelSystem("convnext_tiny", "convnext_tiny", channels_last=True),
     ModelSystem("deit_small_patch16_224", "deit_small_patch16_224", sized=True),
     ModelSystem("resnet50", "resnet50", channels_last=True),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 IMAGES = {"train": 8, "val": 2}
@@ -138,7 +139,7 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
     if not full_size:
         _shrink_sizes([pipelines, cfg.model.get("data_preprocessor"), cfg.model.get("test_cfg")])
         _limit(cfg.model)
-    size = (160, 120) if not full_size else (1333, 800) if scope == "mmdet" else (683, 512)
+    size = (160, 120) if not full_size else (1333, 800) if scope == "mmdet" else (704, 512)
     folder = folder / f"{size[0]}x{size[1]}"
     (_use_coco if scope == "mmdet" else _use_ade)(cfg, folder, size, pipelines)
     if "backbone" in cfg.model and "pretrained" in cfg.model.backbone:
@@ -153,6 +154,24 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
     cfg.default_hooks.logger = {"type": "LoggerHook", "interval": 1, "log_metric_by_epoch": False}
     cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "by_epoch": False, "interval": iterations}
     cfg.randomness = {"seed": 0}
+
+
+def peak_memory_hook() -> Any:
+    """An mmengine hook whose ``peak`` is the largest allocation on the GPU in a training iteration so far, in MiB.
+
+    Torch's own maximum does not tell it in the end: mmengine's logger starts it anew after each iteration.
+    """
+    from mmengine.hooks import Hook
+
+    class PeakMemory(Hook):
+        priority = "NORMAL"  # before the logger
+        peak = 0.0
+
+        def after_train_iter(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2**20)
+
+    return PeakMemory()
 
 
 def _once(folder: Path, make: Callable[[Path], object]) -> None:

@@ -1,0 +1,82 @@
+"""Triton kernel of neighborhood attention: the forward pass. See triton_impl.py for the design."""
+
+import triton.language as tl
+
+from subquad.ops.neighborhood_attention._triton_tiles import (
+    _LN2,
+    _LOG2E,
+    _area,
+    _bias,
+    _corner,
+    _first,
+    _kernel,
+    _keys,
+    _load_rows,
+    _program,
+    _sees,
+    _store_rows,
+    _tokens,
+)
+
+
+@_kernel
+def neighborhood_attention_fwd_kernel(
+    p_q, p_k, p_v, p_rpb, p_o, p_lse, scale,
+    stride_qb, stride_qy, stride_qx, stride_qh, stride_kb, stride_ky, stride_kx, stride_kh,
+    stride_vb, stride_vy, stride_vx, stride_vh, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    REPEATS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    KY: tl.constexpr, KX: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    TY: tl.constexpr, TX: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(scale q k^T + bias) v and lse of a tile of TY x TX queries of a dilation group.
+
+    Grid: heads x groups x tiles x images. The keys that any of the queries sees are read in place, in slabs of BY x BX
+    tokens; on chip: q, the running maximum, sum and output (float32). Strides count ALIGN numbers.
+    Bytes: q, k, v once from memory (keys that neighbouring tiles share: from the cache), o and lse once.
+    """
+    head, image, g_y, g_x, n_y, n_x, y_0, x_0 = _program(
+        heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, TY, TX
+    )
+    o_qy, o_qx = _area(y_0, x_0, TY, TX)
+    m_q = (o_qy < n_y) & (o_qx < n_x)
+    o_firsty = _first(o_qy, n_y, KY, STRIDE_Y, CAUSAL_Y)
+    o_firstx = _first(o_qx, n_x, KX, STRIDE_X, CAUSAL_X)
+    o_y, o_x = _tokens(o_qy, o_qx, n_y, n_x, g_y, g_x, dilation_y, dilation_x)
+    p_q += (image * stride_qb + head * stride_qh) * ALIGN
+    p_k += (image * stride_kb + head // REPEATS * stride_kh) * ALIGN
+    p_v += (image * stride_vb + head // REPEATS * stride_vh) * ALIGN
+    b_q = _load_rows(p_q, (o_y.to(INDEX) * stride_qy + o_x.to(INDEX) * stride_qx) * ALIGN, D, BD)
+    o_out = (o_y.to(INDEX) * width + o_x) * heads + head
+    o_image = image * height * width * heads
+    p_rpb += head * ((2 * KY - 1) * (2 * KX - 1))
+
+    b_max = tl.full((TY * TX,), -1e30, tl.float32)  # finite: a slab may have no key for a query
+    b_sum = tl.zeros((TY * TX,), tl.float32)
+    b_o = tl.zeros((TY * TX, BE), tl.float32)
+    key_y, behind_y = _keys(y_0, n_y, TY, KY, STRIDE_Y, CAUSAL_Y)
+    key_x, behind_x = _keys(x_0, n_x, TX, KX, STRIDE_X, CAUSAL_X)
+    slabs_x = tl.cdiv(behind_x - key_x, BX) if WIDE else 1
+    for s in range(tl.cdiv(behind_y - key_y, BY) * slabs_x):
+        key_sy, key_sx = _corner(s, slabs_x, key_y, key_x, BY, BX, WIDE)
+        o_ky, o_kx = _area(key_sy, key_sx, BY, BX)
+        o_sy, o_sx = _tokens(o_ky, o_kx, n_y, n_x, g_y, g_x, dilation_y, dilation_x)
+        b_k = _load_rows(p_k, (o_sy.to(INDEX) * stride_ky + o_sx.to(INDEX) * stride_kx) * ALIGN, D, BD)
+        b_v = _load_rows(p_v, (o_sy.to(INDEX) * stride_vy + o_sx.to(INDEX) * stride_vx) * ALIGN, E, BE)
+        m_y = _sees(o_firsty[:, None], o_qy[:, None], o_ky[None, :], KY, CAUSAL_Y)
+        m_x = _sees(o_firstx[:, None], o_qx[:, None], o_kx[None, :], KX, CAUSAL_X)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * _LOG2E)
+        b_s += tl.where(m_x, 0.0, float("-inf"))  # one instruction with the product; the same for all slabs
+        if BIAS:
+            o_ry, o_rx = key_sy - y_0 + (KY - 1), key_sx - x_0 + (KX - 1)
+            b_s += _bias(p_rpb, o_ry, o_rx, KY, KX, TY, TX, BY, BX, False)
+        b_s = tl.where(m_y, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_decay = tl.exp2(b_max - b_new)
+        b_max = b_new
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+    _store_rows(p_o + o_image * E, o_out * E, b_o / b_sum[:, None], m_q, E, BE)
+    tl.store(p_lse + o_image + o_out, (b_max + tl.log2(b_sum)) * _LN2, mask=m_q)

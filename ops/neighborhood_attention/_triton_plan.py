@@ -1,0 +1,239 @@
+"""How neighborhood attention is laid out for the Triton kernels: maps, tiles, slabs and launch choices.
+
+See triton_impl.py for the design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.ops import _triton
+from subquad.ops.neighborhood_attention.call import NeighborhoodCall
+
+_MOST_PLANS = 256  # a bound for programs that see images of any size
+
+
+class Config(NamedTuple):
+    """Launch choices of a kernel for a shape class.
+
+    Attributes:
+        rows, columns: tokens of a tile; one of a sequence has as many in its only row.
+        slab: tokens of a slab.
+        warps, stages: of a program.
+    """
+
+    rows: int
+    columns: int
+    slab: int
+    warps: int
+    stages: int
+
+
+_CONFIGS = {
+    ("forward", "half"): Config(rows=8, columns=8, slab=64, warps=4, stages=2),
+    ("queries", "half"): Config(rows=8, columns=8, slab=64, warps=4, stages=2),
+    ("keys", "half"): Config(rows=8, columns=8, slab=64, warps=4, stages=2),
+    ("forward", "half, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("queries", "half, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("keys", "half, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("forward", "single"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("queries", "single"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("keys", "single"): Config(rows=8, columns=8, slab=32, warps=4, stages=2),
+    ("forward", "single, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=1),
+    ("queries", "single, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=1),
+    ("keys", "single, many channels"): Config(rows=8, columns=8, slab=32, warps=4, stages=1),
+}
+"""The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
+
+_CANDIDATES = [
+    Config(rows, 8, slab, warps, stages)
+    for rows, warps in ((8, 4), (4, 2), (4, 4))
+    for slab in (32, 64)
+    for stages in (1, 2, 3)
+]
+
+
+def default_config(which: str, call: NeighborhoodCall) -> Config:
+    """The table's launch choices for the ``"forward"``, ``"queries"`` or ``"keys"`` kernel of a call."""
+    size = call.q.element_size()
+    many = max(call.q.shape[-1], call.v.shape[-1]) * size > 128
+    return _CONFIGS[which, ("half" if size == 2 else "single") + (", many channels" if many else "")]
+
+
+def config_for(which: str, call: NeighborhoodCall, run: Callable[[Config], object]) -> Config:
+    """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` launched each candidate."""
+    options = (call.kernel_size, call.dilation, call.stride, call.is_causal, call.rpb is not None)
+    key = ("neighborhood_attention", which, *call.q.shape, *call.v.shape[-2:], *options, call.q.dtype)
+    return _triton.tuned(key, call.q, _CANDIDATES, default_config(which, call), run)
+
+
+def as_map(call: NeighborhoodCall) -> NeighborhoodCall:
+    """The call with two axes, and with the channels of a token side by side."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+    if len(call.size) == 2:
+        return call._replace(q=q, k=k, v=v)
+    return call._replace(
+        q=q.unsqueeze(1),
+        k=k.unsqueeze(1),
+        v=v.unsqueeze(1),
+        rpb=None if call.rpb is None else call.rpb.unsqueeze(1),
+        kernel_size=[1, *call.kernel_size],
+        dilation=[1, *call.dilation],
+        stride=[1, *call.stride],
+        is_causal=[False, *call.is_causal],
+    )
+
+
+class Plan(NamedTuple):
+    """What all launches of a kernel for one shape class share."""
+
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]  # stride_qb to tiles_x of every kernel's arguments
+    meta: dict[str, Any]
+    launch: _triton.Launcher
+
+
+_plans: dict[object, Plan] = {}
+
+
+def plan_for(
+    which: str, call: NeighborhoodCall, config: Config, *more: Tensor, on_new: Callable[[], None] | None = None
+) -> Plan:
+    """The plan of a call's shape class: made once, with all that the kernel is compiled for.
+
+    Args:
+        which: "forward", "queries" or "keys".
+        call: with two axes.
+        more: tensors besides the call's that the kernel sees.
+        on_new: called before the first launch of a shape class on a GPU.
+    """
+    options = (*call.kernel_size, *call.dilation, *call.stride, *call.is_causal)
+    key = (which, config, call.q.device, options, *map(_triton.facts, (call.q, call.k, call.v, call.rpb, *more)))
+    if _triton.is_compiling_ahead():
+        return _make_plan(which, call, config)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(which, call, config)
+        if on_new is not None and call.q.is_cuda and not torch.cuda.is_current_stream_capturing():
+            on_new()
+    return plan
+
+
+def _make_plan(which: str, call: NeighborhoodCall, config: Config) -> Plan:
+    batch, height, width, heads, dim = call.q.shape
+    shared, values = call.v.shape[-2:]
+    owners = shared if which == "keys" else heads
+    tile_y, tile_x = config.rows, config.columns
+    if height == 1 and call.rpb is None:  # the sums of a bias' gradient need the rows
+        tile_y, tile_x = 1, tile_y * tile_x
+    groups = [triton.cdiv(length, dilation) for length, dilation in zip((height, width), call.dilation, strict=True)]
+    tiles = [triton.cdiv(tokens, tile) for tokens, tile in zip(groups, (tile_y, tile_x), strict=True)]
+    extents = [_extent(which, call, axis, tile) for axis, tile in enumerate((tile_y, tile_x))]
+    slab_y, slab_x, wide = _slab(config.slab, *extents, least_rows=1 if call.rpb is None else triton.cdiv(16, tile_y))
+    align = _alignment(call)
+    single = call.q.dtype == torch.float32
+    meta = {
+        "REPEATS": heads // shared,
+        "D": dim,
+        "E": values,
+        "BD": max(16, triton.next_power_of_2(dim)),
+        "BE": max(16, triton.next_power_of_2(values)),
+        "TY": tile_y,
+        "TX": tile_x,
+        "BY": slab_y,
+        "BX": slab_x,
+        "WIDE": wide,
+        "BIAS": call.rpb is not None,
+        "ALIGN": align,
+        "PRECISION": "tf32x3" if single else "tf32",  # says nothing of 16-bit operands
+        "INDEX": tl.int64 if _image_extent(call) >= 2**31 else tl.int32,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    for axis, name in enumerate("YX"):
+        meta |= {
+            f"K{name}": call.kernel_size[axis],
+            f"STRIDE_{name}": call.stride[axis],
+            f"CAUSAL_{name}": call.is_causal[axis],
+            f"N{name}": max(16, triton.next_power_of_2(2 * call.kernel_size[axis] - 1)),
+        }
+    return Plan(
+        grid=(batch * owners * call.dilation[0] * call.dilation[1] * tiles[0] * tiles[1], 1, 1),
+        sizes=(
+            *(stride // align for x in (call.q, call.k, call.v) for stride in _strides(x)),
+            owners,
+            height,
+            width,
+            *call.dilation,
+            *tiles,
+        ),
+        meta=meta,
+        launch=_triton.Launcher(),
+    )
+
+
+def _extent(which: str, call: NeighborhoodCall, axis: int, tile: int) -> int:
+    """Most tokens along an axis that a tile of the kernel walks over; ``_keys`` and ``_queries`` of the kernels."""
+    kernel, stride, causal = call.kernel_size[axis], call.stride[axis], call.is_causal[axis]
+    length, dilation = call.size[axis], call.dilation[axis]
+
+    def first(p: int, tokens: int) -> int:
+        leader = min(p // stride * stride + (stride - 1 if causal else stride // 2), tokens - 1)
+        return max(leader - kernel + 1, 0) if causal else min(max(leader - kernel // 2, 0), tokens - kernel)
+
+    def walked(start: int, tokens: int) -> int:
+        last = min(start + tile, tokens) - 1
+        if which != "keys":
+            return (last + 1 if causal else first(last, tokens) + kernel) - first(start, tokens)
+        if causal and stride == 1:
+            return min(last + kernel, tokens) - start
+        if causal or stride > 1:
+            return min(last + kernel, tokens) - max(start - kernel + 1, 0)
+        begin = 0 if start < kernel else start - (kernel - 1 - kernel // 2)
+        return (tokens if last >= tokens - kernel else last + kernel // 2 + 1) - begin
+
+    sizes = {length // dilation, -(-length // dilation)}
+    return max(walked(start, tokens) for tokens in sizes for start in range(0, tokens, tile))
+
+
+def _slab(tokens: int, rows: int, columns: int, *, least_rows: int) -> tuple[int, int, bool]:
+    """Rows and columns of the slabs that cover a region with the fewest, and whether a row of them has several."""
+    shapes = [(tokens // width, width) for width in (8, 16, 32, 64) if width * least_rows <= tokens]
+
+    def count(shape: tuple[int, int]) -> tuple[int, bool]:
+        across = triton.cdiv(columns, shape[1])
+        return triton.cdiv(rows, shape[0]) * across, across > 1
+
+    best = min(shapes, key=count)
+    return *best, count(best)[1]
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of image, row, column and head; that of a single one may be any number, and is not used."""
+    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:4], x.stride()[:4], strict=True))
+
+
+def _image_extent(call: NeighborhoodCall) -> int:
+    """One past the largest offset inside an image, of the inputs and of the results."""
+    strided = (
+        1 + sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+        for x in (call.q, call.k, call.v)
+    )
+    tokens = call.q.shape[1] * call.q.shape[2] * call.q.shape[3]
+    return max(*strided, tokens * max(call.q.shape[-1], call.v.shape[-1]))
+
+
+def _alignment(call: NeighborhoodCall) -> int:
+    """Elements (16 bytes at most) that every row's offset is a multiple of, for wide loads."""
+    align = 16 // call.q.element_size()
+    while any(stride % align for x in (call.q, call.k, call.v) for stride in _strides(x)):
+        align //= 2
+    return align

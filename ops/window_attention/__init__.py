@@ -1,0 +1,373 @@
+"""Attention in windows of a map, shifted or not: the contract.
+
+A map of H x W tokens is cut into windows of h x w, and a token attends to those of its window. What the shift
+(s_y, s_x), the order and the padding to whole windows, H' x W', mean is said by the place of a token on the padded map,
+on each axis (here the rows):
+
+    order "roll_pad"    place p < H holds token (p + s) mod H, places from H on are padding     timm
+    order "pad_roll"    place p holds token (p + s) mod H', if that is below H, else padding    Swin's detection code,
+                                                                                                torchvision, MMDetection
+    window i of an axis has the places i h, .., i h + h - 1; with ``grid`` i, i + H / h, i + 2 H / h, ..
+
+so nothing is rolled, padded or partitioned: these are addresses. For query i and key j of one window, with relative
+position r = i - j on each axis (index "q-k"; j - i for "k-q"),
+
+    logit_ij = scale <q_i, k_j> + table[(r_y + h - 1) (2 w - 1) + r_x + w - 1, head] + m_ij
+    o_i = sum_j softmax_j(logit_i)_j v_j
+
+m_ij is ``mask_value`` where i and j are in different regions of a shifted axis, else 0: places in [0, H' - h),
+[H' - h, H' - s) and [H' - s, H'). Under "roll_pad" the regions of a ragged map miss its seam; timm's weights run so.
+Padding is attended: it has the key ``pad_k`` and the value ``pad_v`` (where a projection with a bias runs over zeros,
+that bias), zeros by default; with ``hide_padding`` it is not. Padding has no queries.
+
+Sources: arXiv 2103.14030 (Swin), 2204.01697 (MaxViT, for the grid); the semantics of timm and torchvision.
+
+Layout is (B, H, W, heads, channels), with any strides. q, k, v and the padding share one dtype: float32, bfloat16,
+float16 or float64; autocast casts them all. The table has a dtype of its own. Logits, softmax and sums are float32
+(float64 with float64 inputs) and results are rounded once at the end. All tensors are differentiable. Beside inputs and
+output the op keeps one number a token and head for the backward pass.
+
+``patch`` turns the attention of models of timm and torchvision to this op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.ops import _checks, _dispatch, _library
+from subquad.ops.window_attention import reference
+from subquad.ops.window_attention.call import WindowCall
+
+__all__ = ["WindowCall", "patch", "unpatch", "window_attention", "window_attention_packed"]
+
+_OP = "window_attention"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ORDERS = ("roll_pad", "pad_roll")
+_INDICES = ("q-k", "k-q")
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    *,
+    table: Tensor | None = None,
+    scale: float | None = None,
+    order: str = "roll_pad",
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    hide_padding: bool = False,
+    mask_value: float = -100.0,
+    index: str = "q-k",
+    grid: bool = False,
+) -> Tensor:
+    """Attend inside windows of a map; see the module's docstring for the formula.
+
+    Args:
+        q: (B, H, W, heads, D).
+        k: (B, H, W, heads, D).
+        v: (B, H, W, heads, E).
+        window: (h, w), or one number for both.
+        shift: (s_y, s_x), or one number for both, below the window's size; 0 for an axis without a shift.
+        table: relative positional bias, ((2 h - 1) (2 w - 1), heads).
+        scale: factor of the products, D^-0.5 by default.
+        order: "roll_pad" or "pad_roll".
+        pad_k, pad_v: key (heads, D) and value (heads, E) of padding, zeros by default.
+        hide_padding: whether queries do not see padding.
+        mask_value: what tokens of different regions get added.
+        index: "q-k" or "k-q", direction of the table's relative positions.
+        grid: cut the map into grids of h x w tokens, equally spaced over all of it, instead of windows.
+
+    Returns:
+        (B, H, W, heads, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous.
+
+    Raises:
+        TypeError: for a non-tensor or a dtype that is not supported or not shared.
+        ValueError: for shapes, devices or options that do not fit, naming the argument and the axis.
+    """
+    call = prepare(
+        q,
+        k,
+        v,
+        window,
+        shift,
+        table=table,
+        scale=scale,
+        order=order,
+        pad_k=pad_k,
+        pad_v=pad_v,
+        hide_padding=hide_padding,
+        mask_value=mask_value,
+        index=index,
+        grid=grid,
+    )
+    return _attend(call)
+
+
+def window_attention_packed(
+    qkv: Tensor, window: int | Sequence[int], shift: int | Sequence[int] = 0, **options: Any
+) -> Tensor:
+    """``window_attention`` of a projection (B, H, W, 3, heads, D) to queries, keys and values, in this order.
+
+    Its gradient is one tensor, so the gradients of the three parts need not be put together. Other arguments, result
+    and errors are those of ``window_attention``.
+    """
+    if _checks.check_tensor(_OP, "qkv", qkv).dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"{_OP}: qkv must be (B, H, W, 3, heads, D), got shape {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(3)
+    call = prepare(q, k, v, window, shift, **options)
+    return _attend(call._replace(q=qkv.to(call.q.dtype), k=None, v=None))
+
+
+def _attend(call: WindowCall) -> Tensor:
+    if _dispatch.requested() == "reference":
+        # Outside the operator, so that autograd differentiates the formula itself.
+        return reference.attend(call)[0]
+    return torch.ops.subquad.window_attention(*call)[0]
+
+
+# Arguments -------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    *,
+    table: Tensor | None = None,
+    scale: float | None = None,
+    order: str = "roll_pad",
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    hide_padding: bool = False,
+    mask_value: float = -100.0,
+    index: str = "q-k",
+    grid: bool = False,
+) -> WindowCall:
+    """Check the public arguments and bring them to canonical form; see ``window_attention``."""
+    given = {"q": q, "k": k, "v": v, "table": table, "pad_k": pad_k, "pad_v": pad_v}
+    for name, value in given.items():
+        if value is not None or len(name) == 1:
+            _checks.check_tensor(_OP, name, value)
+    _check_shapes(q, k, v, pad_k, pad_v)
+    windows, shifts = _per_axis("window", window, 1), _per_axis("shift", shift, 0)
+    _check_windows(q.shape[1:3], windows, shifts, grid)
+    if order not in _ORDERS:
+        raise ValueError(f"{_OP}: unknown order {order!r}, expected one of {list(_ORDERS)}")
+    if index not in _INDICES:
+        raise ValueError(f"{_OP}: unknown index {index!r}, expected one of {list(_INDICES)}")
+    if not mask_value <= 0:
+        raise ValueError(f"{_OP}: mask_value must not be positive, got {mask_value}")
+    if hide_padding and (pad_k is not None or pad_v is not None):
+        raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
+    if table is not None:
+        entries = (2 * windows[0] - 1) * (2 * windows[1] - 1)
+        _checks.check_shape(_OP, "table", table, "((2 h - 1) (2 w - 1), heads)", (entries, q.shape[-2]))
+        _checks.check_dtype(_OP, "table", table, _DTYPES)
+        _checks.check_device(_OP, "table", table, q.device)
+
+    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
+    activations: list[Any] = [q, k, v, pad_k, pad_v]
+    for name, value in zip(("q", "k", "v", "pad_k", "pad_v"), activations, strict=True):
+        if value is not None:
+            _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
+            _checks.check_device(_OP, name, value, q.device)
+    if autocast is not None:
+        activations = [None if value is None else value.to(autocast) for value in activations]
+    q, k, v, pad_k, pad_v = activations
+    return WindowCall(
+        q,
+        k,
+        v,
+        table,
+        pad_k,
+        pad_v,
+        windows,
+        shifts,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        order == "pad_roll",
+        hide_padding,
+        float(mask_value),
+        index == "k-q",
+        grid,
+    )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if value.dim() != 5:
+            raise ValueError(f"{_OP}: {name} must be (B, H, W, heads, channels), got shape {tuple(value.shape)}")
+        if 0 in value.shape[1:]:
+            raise ValueError(f"{_OP}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
+    _checks.check_shape(_OP, "k", k, "(B, H, W, heads, D)", q.shape)
+    _checks.check_shape(_OP, "v", v, "(B, H, W, heads, E)", (*q.shape[:-1], v.shape[-1]))
+    if pad_k is not None:
+        _checks.check_shape(_OP, "pad_k", pad_k, "(heads, D)", k.shape[-2:])
+    if pad_v is not None:
+        _checks.check_shape(_OP, "pad_v", pad_v, "(heads, E)", v.shape[-2:])
+
+
+def _per_axis(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    values = [value] * 2 if isinstance(value, int) else list(value)
+    if len(values) != 2 or not all(isinstance(entry, int) and entry >= least for entry in values):
+        expected = "a positive integer" if least else "an integer from 0 on"
+        raise ValueError(f"{_OP}: {name} must be {expected} or two of them, got {value!r}")
+    return values
+
+
+def _check_windows(size: Sequence[int], window: Sequence[int], shift: Sequence[int], grid: bool) -> None:
+    for axis, (length, extent, step) in enumerate(zip(size, window, shift, strict=True)):
+        if step >= extent:
+            raise ValueError(f"{_OP}: on axis {axis} shift must be below the window's {extent}, got {step}")
+        if grid and step:
+            raise ValueError(f"{_OP}: on axis {axis} a grid must have shift 0, got {step}")
+        if grid and length % extent:
+            raise ValueError(f"{_OP}: on axis {axis} a grid of {extent} must divide the map's {length}")
+
+
+# The operator ----------------------------------------------------------------------------------------------------
+
+_CALL_SCHEMA = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? pad_k, Tensor? pad_v, int[] window, int[] shift, "
+    "float scale, bool pad_first, bool hide_padding, float mask_value, bool key_minus_query, bool grid"
+)
+"""The fields of WindowCall, in order."""
+_TENSORS = 6
+
+
+def _implementation(call: WindowCall) -> Any:
+    implementation = _dispatch.choose(_OP, call)
+    if implementation is reference:
+        raise ValueError(
+            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
+            "so not in scripted models nor for the gradients of what another implementation computed"
+        )
+    return implementation
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    call = WindowCall(*args)
+    return _implementation(call).forward(call)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = WindowCall(*args)
+    q, _, v = call.parts
+    return v.new_empty(v.shape), q.new_empty(q.shape[:-1], dtype=call.working)
+
+
+def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = WindowCall(*args)
+    grads = _implementation(call).backward(call, grad_o, o, lse)
+    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = WindowCall(*args)
+    tensors = (call.q, call.k, call.v, call.table, call.pad_k, call.pad_v)
+    return tuple(call.q.new_empty(0) if value is None else value.new_empty(value.shape) for value in tensors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
+
+
+def _autograd(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """lse is for the backward pass alone: no gradient enters through it."""
+    saved = ctx.saved_tensors
+    grads = torch.ops.subquad.window_attention_backward(grad_o, *saved, *ctx.options)
+    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[2:], strict=True)]
+    return (*by_input, *[None] * len(ctx.options))
+
+
+def _products(call: Any) -> tuple[int, int, int]:
+    """Pairs of queries and keys over all images and heads (padding's keys count), D, and E, from a call of shapes."""
+    batch, height, width = call.q[:3]
+    values = call.q[-1] if call.v is None else call.v[-1]
+    return batch * height * width * call.q[-2] * math.prod(call.window), call.q[-1], values
+
+
+def _flops(*args: Any, out_shape: Any = None) -> int:
+    """Two operations a product and sum: q k^T and P v."""
+    pairs, dim, values = _products(WindowCall(*args))
+    return 2 * pairs * (dim + values)
+
+
+def _backward_flops(grad_o: Any, o: Any, lse: Any, *args: Any, out_shape: Any = None) -> int:
+    """The logits again, dP, dq, dk and dv."""
+    pairs, dim, values = _products(WindowCall(*args))
+    return 2 * pairs * (3 * dim + 2 * values)
+
+
+_library.define(
+    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
+).register_autograd(_autograd, setup_context=_setup_context)
+_library.define(
+    f"{_OP}_backward",
+    _backward,
+    schema=f"(Tensor grad_o, Tensor o, Tensor lse, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+# Implementations -------------------------------------------------------------------------------------------------
+
+
+def _why_not_triton(call: WindowCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.q)) is not None:
+        return reason
+    if call.q.dtype == torch.float64:
+        return "float64 runs in PyTorch"
+    if call.q.shape[0] == 0:
+        return "empty batch"
+    if call.tokens > 64:
+        return f"windows of {call.tokens} tokens, the kernels take up to 64"
+    most = 64 if call.q.dtype == torch.float32 else 128
+    if (widest := max(x.shape[-1] for x in call.parts)) > most:
+        return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"
+    if (largest := max(x.stride(1) * x.shape[1] for x in call.parts)) >= 2**31:
+        return f"an image that spans {largest} elements, the kernels address up to {2**31}"
+    return None
+
+
+def _load_triton() -> Any:
+    from subquad.ops.window_attention import triton_impl
+
+    return triton_impl
+
+
+def _load_torch() -> Any:
+    from subquad.ops.window_attention import torch_impl
+
+    return torch_impl
+
+
+_dispatch.register(
+    _OP,
+    prepare,
+    (
+        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
+        _dispatch.Implementation("torch", lambda call: None, _load_torch),
+        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
+    ),
+)
+
+
+# Behind the functions that it calls. As attributes of the op too, which is what ``subquad.ops.window_attention`` names.
+from subquad.ops.window_attention.models import patch, unpatch  # noqa: E402
+
+window_attention.patch = patch  # type: ignore[attr-defined]
+window_attention.unpatch = unpatch  # type: ignore[attr-defined]

@@ -1,0 +1,300 @@
+"""Window attention in Triton: forward and backward.
+
+Design. The tokens of a window are rows that index arithmetic finds on the map: roll, padding, partition and their
+inverses cost a division by the window's width (a constant). A window of up to 64 tokens is one tile of 16, 32 or 64
+rows, and its logits never leave the chip; larger windows are cut into tiles of 64 in the forward pass, with an online
+softmax. A program walks over many windows of one head, so that the bias, spread out from its table to [rows, rows] by a
+small kernel before, is read once for all of them, and its gradient is summed on chip. The partial sums of the programs
+are added in a fixed order and folded into the table.
+
+Rows behind the window's end are masked by minus infinity in the spread-out bias; tokens of padding have the key and
+value of padding. 7 x 7 windows fill 49 of 64 rows: 59 % of the products, which memory hides (24.5 operations a byte).
+Bytes, floors and measurements: tools/benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from subquad.ops import _triton
+from subquad.ops.window_attention._triton_kernels import (
+    window_attention_bwd_kernel,
+    window_attention_bwd_kernel_table,
+    window_attention_fwd_kernel,
+    window_attention_fwd_kernel_bias,
+)
+from subquad.ops.window_attention.call import Gradients, WindowCall
+
+_MOST_PLANS = 256  # a bound for programs that see images of any size
+_BLOCK = 64
+"""Rows of the largest tile."""
+
+
+class Config(NamedTuple):
+    """Launch choices of a pass for a shape class.
+
+    Attributes:
+        waves: programs wanted for each multiprocessor; each walks over its share of the windows.
+        warps: warps of a program.
+        stages: windows whose rows are on their way at once.
+    """
+
+    waves: int
+    warps: int
+    stages: int
+
+
+_CONFIGS = {
+    ("forward", 16, "narrow"): Config(waves=16, warps=4, stages=2),
+    ("forward", 16, "wide"): Config(waves=16, warps=8, stages=1),
+    ("forward", 32, "narrow"): Config(waves=16, warps=8, stages=1),
+    ("forward", 32, "wide"): Config(waves=16, warps=16, stages=1),
+    ("backward", 16, "narrow"): Config(waves=8, warps=4, stages=2),
+    ("backward", 16, "wide"): Config(waves=8, warps=8, stages=1),
+    ("backward", 32, "narrow"): Config(waves=8, warps=8, stages=1),
+    ("backward", 32, "wide"): Config(waves=8, warps=16, stages=1),
+}
+"""The one table of launch heuristics, by pass, bits of a number and channels of a head (up to 32, or more);
+``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
+
+_CANDIDATES = [Config(waves, warps, stages) for waves in (4, 8, 16, 32) for warps in (4, 8) for stages in (1, 2)]
+
+
+def default_config(which: str, call: WindowCall) -> Config:
+    """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
+    widest = max(x.shape[-1] for x in call.parts)
+    return _CONFIGS[which, 8 * call.q.element_size(), "narrow" if widest <= 32 else "wide"]
+
+
+def _config_for(which: str, call: WindowCall, run: Callable[[Config], object]) -> Config:
+    key = ("window_attention", which, *call.q.shape, *call.window, *call.shift, call.grid, call.q.dtype)
+    return _triton.tuned(key, call.q, _CANDIDATES, default_config(which, call), run)
+
+
+class _Inputs(NamedTuple):
+    """Inputs as the kernels take them: one stride from pixel to pixel; q for what is absent."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pad_k: Tensor
+    pad_v: Tensor
+    table: Tensor
+
+
+def _inputs(call: WindowCall) -> _Inputs:
+    q, k, v = (_with_rows(x) for x in call.parts)
+    return _Inputs(
+        q,
+        k,
+        v,
+        q if call.pad_k is None else call.pad_k.contiguous(),
+        q if call.pad_v is None else call.pad_v.contiguous(),
+        q if call.table is None else call.table,
+    )
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """``x`` (B, H, W, heads, channels), copied if a pixel's number does not lead to its address by one stride."""
+    if x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2] * x.stride(2)):
+        return x.contiguous()
+    return x
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of an image, a pixel and a head of (B, H, W, heads, channels)."""
+    return x.stride(0), x.stride(2) if x.shape[2] > 1 else x.stride(1), x.stride(3)
+
+
+class _Plan(NamedTuple):
+    """What all calls of one shape class share."""
+
+    programs: int
+    block: int
+    blocks: int
+    sizes: tuple[int, ...]  # windows to offset_x of the kernels' arguments
+    meta: dict[str, Any]
+    launch: _triton.Launcher
+
+
+_plans: dict[object, _Plan] = {}
+
+
+def _plan_for(which: str, call: WindowCall, inputs: _Inputs, config: Config, *more: Tensor) -> _Plan:
+    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+
+    Args:
+        which: "forward" or "backward".
+        more: tensors besides ``inputs`` that the kernels see.
+    """
+    options = (tuple(call.window), tuple(call.shift), *call[8:])
+    absent = call.table is None, call.pad_k is None, call.pad_v is None
+    key = (which, config, call.q.device, options, absent, *map(_triton.facts, (*inputs, *more)))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(call, config)
+    return plan
+
+
+def _make_plan(call: WindowCall, config: Config) -> _Plan:
+    q, _, v = call.parts
+    batch, height, width, heads, dim = q.shape
+    values = v.shape[-1]
+    (rows, columns), (window_h, window_w) = call.counts, call.window
+    block = min(_BLOCK, max(16, triton.next_power_of_2(call.tokens)))
+    blocks = triton.cdiv(call.tokens, block)
+    windows = batch * rows * columns
+    wanted = config.waves * _triton.multiprocessor_count(q.device)
+    offsets = call.shift if call.pad_first else [s % n for s, n in zip(call.shift, (height, width), strict=True)]
+    meta = {
+        "WH": window_h,
+        "WW": window_w,
+        "SY": call.shift[0],
+        "SX": call.shift[1],
+        "D": dim,
+        "E": values,
+        "BD": max(16, triton.next_power_of_2(dim)),
+        "BE": max(16, triton.next_power_of_2(values)),
+        "BT": block,
+        "BLOCKS": blocks,
+        "SCALE": call.scale,
+        "MASK": call.mask_value,
+        "BIAS": call.table is not None,
+        "RAGGED": rows * window_h != height or columns * window_w != width,
+        "PADK": call.pad_k is not None,
+        "PADV": call.pad_v is not None,
+        "HIDE": call.hide_padding,
+        "PAD_FIRST": call.pad_first,
+        "GRID": call.grid,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "SIZE": block * blocks,
+        "BS": 256,
+        "BX": triton.next_power_of_2(window_w),
+        "KEY_MINUS_QUERY": call.key_minus_query,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    return _Plan(
+        programs=max(1, min(windows, wanted // (heads * blocks))),
+        block=block,
+        blocks=blocks,
+        sizes=(windows, height, width, rows, columns, heads, *offsets),
+        meta=meta,
+        launch=_triton.Launcher(),
+    )
+
+
+def _spread_bias(call: WindowCall, plan: _Plan, inputs: _Inputs) -> Tensor:
+    """The bias of every pair of a window's rows, (heads, rows, rows), as the kernels add it; q if there is none."""
+    if call.table is None:
+        return inputs.q
+    heads, size = call.q.shape[-2], plan.meta["SIZE"]
+    bias = call.q.new_empty((heads, size, size), dtype=torch.float32)
+    plan.launch(
+        "bias",
+        window_attention_fwd_kernel_bias,
+        (size * size // plan.meta["BS"], heads, 1),
+        (call.table, bias, *call.table.stride(), heads),
+        plan.meta,
+    )
+    return bias
+
+
+def forward(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Output (B, H, W, heads, E) in q's dtype and lse (B, H, W, heads) in float32."""
+    return _forward(call, _config_for("forward", call, lambda config: _forward(call, config)))
+
+
+def _forward(call: WindowCall, config: Config) -> tuple[Tensor, Tensor]:
+    inputs = _inputs(call)
+    q, k, v = inputs[:3]
+    plan = _plan_for("forward", call, inputs, config)
+    o = v.new_empty(v.shape)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        bias = _spread_bias(call, plan, inputs)
+        plan.launch(
+            "attention",
+            window_attention_fwd_kernel,
+            (q.shape[-2] * plan.blocks, plan.programs, 1),
+            (
+                q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse,
+                *_strides(q), *_strides(k), *_strides(v), *plan.sizes,
+            ),
+            plan.meta,
+        )  # fmt: skip
+    return o, lse
+
+
+def backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor) -> Gradients:
+    """Gradients of q, k, v, table, pad_k and pad_v, in their dtypes; None for an absent argument."""
+    grad_o = grad_o.contiguous()
+
+    def run(config: Config) -> Gradients:
+        return _backward(call, grad_o, o, lse, config)
+
+    return run(_config_for("backward", call, run))
+
+
+def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: Config) -> Gradients:
+    inputs = _inputs(call)
+    q, k, v = inputs[:3]
+    plan = _plan_for("backward", call, inputs, config, grad_o)
+    heads, dim, values = q.shape[-2], q.shape[-1], v.shape[-1]
+    grad = call._replace(
+        q=call.q.new_empty(call.q.shape),
+        k=None if call.k is None else call.k.new_empty(call.k.shape),
+        v=None if call.v is None else call.v.new_empty(call.v.shape),
+    )
+    grad_q, grad_k, grad_v = grad.parts
+    ragged = plan.meta["RAGGED"]
+    pairs = _partials(q, plan.programs, heads, *[call.tokens] * 2 if call.table is not None else (0,))
+    pad_k = _partials(q, plan.programs, heads, dim if ragged and call.pad_k is not None else 0)
+    pad_v = _partials(q, plan.programs, heads, values if ragged and call.pad_v is not None else 0)
+    with torch.cuda.device_of(q):
+        bias = _spread_bias(call, plan, inputs)
+        plan.launch(
+            "gradients",
+            window_attention_bwd_kernel,
+            (heads, plan.programs, 1),
+            (
+                q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse, grad_o, grad_q, grad_k, grad_v, pairs, pad_k, pad_v,
+                *_strides(q), *_strides(k), *_strides(v), *_strides(grad_q), *_strides(grad_v), *plan.sizes,
+            ),
+            plan.meta,
+        )  # fmt: skip
+        table = None
+        if call.table is not None:
+            table = call.table.new_empty(call.table.shape)
+            plan.launch(
+                "table",
+                window_attention_bwd_kernel_table,
+                (heads, 2 * call.window[0] - 1, 1),
+                (pairs.sum(0), table, heads),
+                plan.meta,
+            )
+    return (
+        grad.q,
+        grad.k,
+        grad.v,
+        table,
+        None if call.pad_k is None else _pad_gradient(call.pad_k, pad_k),
+        None if call.pad_v is None else _pad_gradient(call.pad_v, pad_v),
+    )
+
+
+def _partials(q: Tensor, *shape: int) -> Tensor:
+    """Unfilled memory for partial sums of the programs, in float32."""
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def _pad_gradient(pad: Tensor, partials: Tensor) -> Tensor:
+    """Zeros where the map has no padding."""
+    return partials.sum(0).to(pad.dtype) if partials.numel() else pad.new_zeros(pad.shape)
