@@ -80,12 +80,13 @@ class _NeighborhoodAttention(nn.Module):
         if self.training and self.attn_drop.p > 0:
             o = self._attend_some(q, k, v)
         else:
-            o = self._attend(q, k, v)
+            o = self.attend(q, k, v)
         if self.pad_small_maps:
             o = _crop(o, size)
         return self.proj_drop(self.proj(o.flatten(-2)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What is between the projections, on (B, *S, heads, d)."""
         window = (self.kernel_size, self.dilation, self.stride, self.is_causal)
         if torch.jit.is_scripting():
             # The operators themselves, because TorchScript cannot compile the checks of the public functions.
