@@ -25,6 +25,8 @@ uses head h // (H / G). q, k, v and the additional tokens share one dtype: float
 autocast casts them all. The bias has a dtype of its own. Logits, softmax, lse and sums are float32 (float64 with
 float64 inputs) and results are rounded once at the end. All tensors are differentiable, and both results. Beside its
 inputs and results the op keeps nothing for the backward pass.
+
+Beside it: the same in two steps (``split``), as layers (``modules``), and under NATTEN's names (``natten_compat``).
 """
 
 from __future__ import annotations

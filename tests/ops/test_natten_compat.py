@@ -8,12 +8,10 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.backbones import weights
@@ -101,6 +99,22 @@ def test_arguments_of_the_first_releases(axes: int, functional: Any) -> None:
     _assert_equal(qk(q, k, rpb, dilation=2), attn)
     with pytest.raises(ValueError, match=f"natten{axes}dqkrpb: needs kernel_size and dilation"):
         qk(q, k, None, 2)
+
+
+@pytest.mark.parametrize("columns", [5, 6])
+def test_what_transformers_hands_over(columns: int, functional: Any) -> None:
+    """Maps (B, W, H, heads, D) in place of (B, heads, H, W, D), told from the right ones by sizes, else by strides."""
+    q, k, v = (_normal(seed, 2, 7, columns, 5, 4) for seed in range(3))  # heads last, in memory
+    rpb = _normal(3, 5, 5, 5)
+    right = [x.permute(0, 3, 1, 2, 4) for x in (q, k, v)]
+    results = []
+    for maps in (right, [x.contiguous() for x in right], [x.transpose(1, 2) for x in (q, k, v)]):
+        attn = functional.natten2dqkrpb(*maps[:2], rpb, 3, 1).softmax(-1)
+        results.append((attn, functional.natten2dav(attn, maps[2], 3, 1)))
+    expected = functional.na2d_qk(*right[:2], 3, 1, rpb=rpb).softmax(-1)
+    for attn, o in results:
+        _assert_equal(attn, expected)
+        _assert_equal(o, functional.na2d_av(expected, right[2], 3, 1))
 
 
 def test_errors_are_those_of_the_functions(functional: Any) -> None:
@@ -200,18 +214,11 @@ def _transformers(cls: str, **options: Any) -> Any:
 
 
 def _ours(theirs: Any) -> NAT:
-    model = NAT(*(CONFIG[name] for name in ("depths", "embed_dim", "num_heads")), **_options(), dtype=torch.float64)
-    model.load_state_dict(weights.filter_of(model)(theirs.state_dict(), model) | _head(model))
+    model = NAT(**CONFIG, layer_scale=0.5, num_classes=0, dtype=torch.float64)
+    converted = weights.filter_of(model)(theirs.state_dict(), model)
+    assert {name for name in model.state_dict() if name not in converted} <= {"norm.weight", "norm.bias"}
+    model.load_state_dict(model.state_dict() | converted)
     return model.eval()
-
-
-def _options() -> dict[str, Any]:
-    same = {name: CONFIG[name] for name in ("kernel_size", "dilations", "mlp_ratio")}
-    return same | {"layer_scale": 0.5, "num_classes": 5}
-
-
-def _head(model: NAT) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
 
 
 @pytest.mark.parametrize("size", [(40, 64), (64, 64), (44, 70)], ids=str)
@@ -229,23 +236,26 @@ def test_dinat_model(size: tuple[int, int]) -> None:
     _assert_equal(images[0].grad, images[1].grad)
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     mapped = weights.filter_of(ours)(grads, ours)
-    own = {name: p.grad for name, p in ours.named_parameters() if not name.startswith("head.")}
+    own = {name: p.grad for name, p in ours.named_parameters()}
     assert mapped.keys() == own.keys()
     for name, grad in own.items():
         torch.testing.assert_close(mapped[name], grad, rtol=0, atol=1e-11 * max(1, grad.abs().max().item()))
 
 
 def test_dinat_backbone() -> None:
+    """Maps behind its norms, and the gradient of the image."""
     theirs = _transformers("DinatBackbone", out_features=["stage1", "stage2", "stage3"])
-    state = theirs.state_dict()
-    ours = NAT(*(CONFIG[name] for name in ("depths", "embed_dim", "num_heads")), **_options(), dtype=torch.float64)
-    ours.load_state_dict(ours.state_dict() | weights.filter_of(ours)(state, ours))
-    image = _normal(1, 2, 3, 40, 64)
-    maps = ours.eval().forward_intermediates(image, intermediates_only=True, output_fmt="NHWC")
-    for i, (mine, found) in enumerate(zip(maps, theirs(image).feature_maps, strict=True), start=1):
-        norm = SimpleNamespace(**{part: state[f"hidden_states_norms.stage{i}.{part}"] for part in ("weight", "bias")})
-        expected = F.layer_norm(mine, mine.shape[-1:], norm.weight, norm.bias)
-        _assert_equal(found, expected.permute(0, 3, 1, 2))
+    norms = theirs.hidden_states_norms
+    ours = _ours(theirs)
+    images = [_normal(1, 2, 3, 40, 64).requires_grad_() for _ in range(2)]
+    found = theirs(images[0]).feature_maps
+    maps = ours.forward_intermediates(images[1], intermediates_only=True, output_fmt="NHWC")
+    expected = [norms[f"stage{i}"](x).permute(0, 3, 1, 2) for i, x in enumerate(maps, start=1)]
+    for one, other in zip(found, expected, strict=True):
+        _assert_equal(one, other)
+    for outputs in (found, expected):
+        sum((x * _normal(i, *x.shape)).sum() for i, x in enumerate(outputs)).backward()
+    _assert_equal(images[0].grad, images[1].grad)
 
 
 def test_attentions_are_those_of_the_windows() -> None:
