@@ -32,9 +32,11 @@ def forward(call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
     for images, tile in parts(call):
         k, v = _keys(call, images, tile), _values(call, images, tile)
         logits = _logits(_queries(call, images, tile), k, mask.of(tile.pattern))
-        top = logits.logsumexp(-1, keepdim=True)
-        put(o, images, tile.queries, _by_head(_rows(torch.exp(logits - top), v) @ v, logits))
-        put(lse, images, tile.queries, top.squeeze(-1))
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        put(o, images, tile.queries, _by_head(_rows(weights, v) @ v, weights).div_(total))
+        put(lse, images, tile.queries, (top + total.log()).squeeze(-1))
     return o, lse
 
 
