@@ -9,18 +9,33 @@ from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
+from subquad.ops.neighborhood_attention.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+from subquad.ops.neighborhood_attention.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 from subquad.ops.region_attention import region_attention, route_regions
 from subquad.ops.selective_scan import selective_scan
 from subquad.ops.window_attention import window_attention, window_attention_packed
 
 __all__ = [
     "Explanation",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
     "explain",
     "gated_linear_attention",
     "linear_attention",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
     "region_attention",
     "route_regions",
     "selective_scan",

@@ -21,7 +21,7 @@ class Implementation(NamedTuple):
     """One way to compute an op.
 
     Attributes:
-        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"`` or ``"reference"``.
+        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"``, ``"reference"``, or a short cut of one op.
         why_not: given the op's canonical call, the reason why it cannot serve it, or None if it can.
         load: returns the module with the implementation (imported on first use: triton is optional).
     """
@@ -104,6 +104,20 @@ def choose(op: str, call: Any) -> Any:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.passed_over.items())
         raise ValueError(f"{op}: no implementation can serve this call ({reasons})")
     return implementation.load()
+
+
+def choose_inside(op: str, call: Any) -> Any:
+    """As ``choose``, for the operator of ``op``, which its public function calls for all but the reference.
+
+    Raises:
+        ValueError: likewise, and if the reference was asked for.
+    """
+    if requested() == "reference":
+        raise ValueError(
+            f"{op}: the reference is not an operator: it runs and is differentiated through subquad.ops.{op}, "
+            "so not in scripted models nor for the gradients of what another implementation computed"
+        )
+    return choose(op, call)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

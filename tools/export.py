@@ -48,6 +48,8 @@ EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.subquad.gated_linear_attention.default: gated_linear_attention_form.export_form,
     torch.ops.subquad.linear_attention.default: linear_attention_form.export_form,
     torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,
+    torch.ops.subquad.neighborhood_av.default: neighborhood_attention_form.av_export_form,
+    torch.ops.subquad.neighborhood_qk.default: neighborhood_attention_form.qk_export_form,
     torch.ops.subquad.region_attention.default: region_attention_form.export_form,
     torch.ops.subquad.region_routing.default: region_attention_form.routing_form,
     torch.ops.subquad.selective_scan.default: selective_scan_form.export_form,

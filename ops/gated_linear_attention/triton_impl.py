@@ -62,7 +62,8 @@ class Config(NamedTuple):
 
 
 _CONFIGS = {
-    ("forward", "16-bit operands"): Config(chunk=64, keys=32, values=64, warps=4, registers=168, waves=4),
+    # Not 32 keys and 64 values together: on an H100 with triton 3.6 that kernel's output is wrong (see NOTES.md).
+    ("forward", "16-bit operands"): Config(chunk=64, keys=16, values=64, warps=4, registers=168, waves=4),
     ("forward", "32-bit operands"): Config(chunk=32, keys=32, values=64, warps=4, registers=255, waves=4),
     ("forward", "many keys"): Config(chunk=32, keys=32, values=32, warps=4, registers=255, waves=4),
     ("backward", "16-bit operands"): Config(chunk=64, keys=32, values=64, warps=4, registers=255, waves=4),
@@ -74,8 +75,7 @@ _CONFIGS = {
 _CANDIDATES = [
     Config(chunk, keys, values, warps, registers, waves)
     for chunk, warps in ((32, 2), (64, 4))
-    for keys in (16, 32)
-    for values in (32, 64)
+    for keys, values in ((16, 32), (16, 64), (32, 32))
     for registers in (168, 255)
     for waves in (2, 4)
 ]

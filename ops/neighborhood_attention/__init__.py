@@ -15,6 +15,7 @@ a map is the product of those of its axes, and for query i and its keys j, at re
 
 ``additional_keys`` and ``additional_values`` are further tokens in the softmax of every query, without a bias.
 Exact special cases: K = L is full attention, K d = L attention over a grid, s = K with L mod K = 0 window attention.
+On a CPU they run as PyTorch's own attention (the implementation ``sdpa``).
 
 Sources: arXiv 2204.07143 (neighborhood attention), 2209.15001 (dilation), 2504.16922 (stride); the semantics, those of
 NATTEN, extended by a bias for even K, strides and causality.
@@ -24,6 +25,8 @@ uses head h // (H / G). q, k, v and the additional tokens share one dtype: float
 autocast casts them all. The bias has a dtype of its own. Logits, softmax, lse and sums are float32 (float64 with
 float64 inputs) and results are rounded once at the end. All tensors are differentiable, and both results. Beside its
 inputs and results the op keeps nothing for the backward pass.
+
+Beside it: the same in two steps (``split``), as layers (``modules``), and under NATTEN's names (``natten_compat``).
 """
 
 from __future__ import annotations
@@ -31,19 +34,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from subquad.ops import _checks, _dispatch, _library
+from subquad.ops import _dispatch, _library
 from subquad.ops.neighborhood_attention import reference
+from subquad.ops.neighborhood_attention.arguments import prepare
 from subquad.ops.neighborhood_attention.call import NeighborhoodCall
 
-__all__ = ["NeighborhoodCall", "na1d", "na2d", "na3d"]
+__all__ = ["NeighborhoodCall", "Options", "na1d", "na2d", "na3d", "prepare"]
 
 _OP = "neighborhood_attention"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Options(TypedDict, total=False):
+    """Further arguments of ``na1d``, ``na2d`` and ``na3d``, by name."""
+
+    rpb: Tensor | None
+    scale: float | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    return_lse: bool
 
 
 def na1d(
@@ -54,29 +67,10 @@ def na1d(
     dilation: int | Sequence[int] = 1,
     stride: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
-    *,
-    rpb: Tensor | None = None,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention of sequences; see ``na2d``, with one axis L in place of H, W."""
-    call = prepare(
-        1,
-        q,
-        k,
-        v,
-        kernel_size,
-        dilation,
-        stride,
-        is_causal,
-        rpb=rpb,
-        scale=scale,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )
-    return _attend(call, return_lse)
+    return _attend(1, q, k, v, kernel_size, dilation, stride, is_causal, **options)
 
 
 def na2d(
@@ -87,12 +81,7 @@ def na2d(
     dilation: int | Sequence[int] = 1,
     stride: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
-    *,
-    rpb: Tensor | None = None,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention of maps; see the module's docstring for the formula.
 
@@ -104,34 +93,21 @@ def na2d(
         dilation: d, likewise.
         stride: s, likewise, at most K.
         is_causal: whether keys behind the query are hidden, likewise.
-        rpb: relative positional bias (heads, 2 K_0 - 1, 2 K_1 - 1).
-        scale: factor of the products, D^-0.5 by default.
-        additional_keys, additional_values: (B, M, G, D) and (B, M, G, E), both or none.
-        return_lse: also return the log of the softmax's sum.
+        options: by name,
+            rpb: relative positional bias (heads, 2 K_0 - 1, 2 K_1 - 1).
+            scale: factor of the products, D^-0.5 by default.
+            additional_keys, additional_values: (B, M, G, D) and (B, M, G, E), both or none.
+            return_lse: also return the log of the softmax's sum.
 
     Returns:
         (B, H, W, heads, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous; with
         ``return_lse`` also (B, H, W, heads) in float32 (float64).
 
     Raises:
-        TypeError: for a non-tensor or a dtype that is not supported or not shared.
+        TypeError: for an unknown option, a non-tensor or a dtype that is not supported or not shared.
         ValueError: for shapes, devices or options that do not fit, naming the argument and the axis.
     """
-    call = prepare(
-        2,
-        q,
-        k,
-        v,
-        kernel_size,
-        dilation,
-        stride,
-        is_causal,
-        rpb=rpb,
-        scale=scale,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )
-    return _attend(call, return_lse)
+    return _attend(2, q, k, v, kernel_size, dilation, stride, is_causal, **options)
 
 
 def na3d(
@@ -142,142 +118,20 @@ def na3d(
     dilation: int | Sequence[int] = 1,
     stride: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
-    *,
-    rpb: Tensor | None = None,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention of volumes; see ``na2d``, with three axes T, H, W."""
-    call = prepare(
-        3,
-        q,
-        k,
-        v,
-        kernel_size,
-        dilation,
-        stride,
-        is_causal,
-        rpb=rpb,
-        scale=scale,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )
-    return _attend(call, return_lse)
+    return _attend(3, q, k, v, kernel_size, dilation, stride, is_causal, **options)
 
 
-def _attend(call: NeighborhoodCall, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _attend(axes: int, *arguments: Any, return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    call = prepare(axes, *arguments, **options)
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.
         o, lse = reference.attend(call)
     else:
         o, lse = torch.ops.subquad.neighborhood_attention(*call)
     return (o, lse) if return_lse else o
-
-
-# Arguments -------------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    axes: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
-    stride: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
-    *,
-    rpb: Tensor | None = None,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: bool = False,
-) -> NeighborhoodCall:
-    """Check the public arguments of ``na<axes>d`` and make them canonical; ``return_lse`` has no part in it."""
-    op = f"na{axes}d"
-    given = {"q": q, "k": k, "v": v, "rpb": rpb}
-    given |= {"additional_keys": additional_keys, "additional_values": additional_values}
-    for name, value in given.items():
-        if value is not None or len(name) == 1:
-            _checks.check_tensor(op, name, value)
-    _check_shapes(op, axes, q, k, v, additional_keys, additional_values)
-    kernels = _per_axis(op, "kernel_size", kernel_size, axes)
-    dilations = _per_axis(op, "dilation", dilation, axes)
-    strides = _per_axis(op, "stride", stride, axes)
-    causal = [is_causal] * axes if isinstance(is_causal, bool) else list(is_causal)
-    if len(causal) != axes or not all(isinstance(entry, bool) for entry in causal):
-        raise ValueError(f"{op}: is_causal must be a bool or {axes} of them, got {is_causal!r}")
-    _check_windows(op, q.shape[1:-2], kernels, dilations, strides)
-    if rpb is not None:
-        expected = (q.shape[-2], *(2 * size - 1 for size in kernels))
-        _checks.check_shape(op, "rpb", rpb, "(heads, 2 K - 1 an axis)", expected)
-        _checks.check_dtype(op, "rpb", rpb, _DTYPES)
-        _checks.check_device(op, "rpb", rpb, q.device)
-
-    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
-    activations: list[Any] = [q, k, v, additional_keys, additional_values]
-    for name, value in zip(("q", "k", "v", "additional_keys", "additional_values"), activations, strict=True):
-        if value is not None:
-            _checks.check_dtype(op, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
-            _checks.check_device(op, name, value, q.device)
-    if autocast is not None:
-        activations = [None if value is None else value.to(autocast) for value in activations]
-    q, k, v, additional_keys, additional_values = activations
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return NeighborhoodCall(
-        q, k, v, rpb, additional_keys, additional_values, kernels, dilations, strides, causal, factor
-    )
-
-
-def _check_shapes(
-    op: str,
-    axes: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-) -> None:
-    names = ", ".join(("L",) if axes == 1 else ("T", "H", "W")[3 - axes :])
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        if value.dim() != axes + 3:
-            raise ValueError(f"{op}: {name} must be (B, {names}, heads, channels), got shape {tuple(value.shape)}")
-        if 0 in value.shape[1:]:
-            raise ValueError(f"{op}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
-    shared, channels = k.shape[-2], v.shape[-1]
-    _checks.check_shape(op, "k", k, f"(B, {names}, G, D)", (*q.shape[:-2], shared, q.shape[-1]))
-    _checks.check_shape(op, "v", v, f"(B, {names}, G, E)", (*q.shape[:-2], shared, channels))
-    if q.shape[-2] % shared:
-        raise ValueError(f"{op}: the heads of k and v must divide those of q, got {shared} and {q.shape[-2]}")
-    if (additional_keys is None) != (additional_values is None):
-        raise ValueError(f"{op}: additional_keys and additional_values go together, got only one of them")
-    if additional_keys is not None and additional_values is not None:
-        tokens = additional_keys.shape[1] if additional_keys.dim() == 4 else 1
-        expected = (q.shape[0], tokens, shared)
-        _checks.check_shape(op, "additional_keys", additional_keys, "(B, M, G, D)", (*expected, q.shape[-1]))
-        _checks.check_shape(op, "additional_values", additional_values, "(B, M, G, E)", (*expected, channels))
-
-
-def _per_axis(op: str, name: str, value: int | Sequence[int], axes: int) -> list[int]:
-    values = [value] * axes if isinstance(value, int) else list(value)
-    if len(values) != axes or not all(isinstance(entry, int) and entry >= 1 for entry in values):
-        raise ValueError(f"{op}: {name} must be a positive integer or {axes} of them, got {value!r}")
-    return values
-
-
-def _check_windows(
-    op: str, size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
-) -> None:
-    for axis, (length, kernel, spread, step) in enumerate(zip(size, kernel_size, dilation, stride, strict=True)):
-        if kernel * spread > length:
-            raise ValueError(
-                f"{op}: on axis {axis} kernel_size * dilation must be at most the map's {length}, "
-                f"got {kernel} * {spread} = {kernel * spread}"
-            )
-        if step > kernel:
-            raise ValueError(f"{op}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
 
 
 # The operator ----------------------------------------------------------------------------------------------------
@@ -290,14 +144,7 @@ _CALL_SCHEMA = (
 
 
 def _implementation(call: NeighborhoodCall) -> Any:
-    op = f"na{len(call.size)}d"
-    implementation = _dispatch.choose(op, call)
-    if implementation is reference:
-        raise ValueError(
-            f"{op}: the reference is not an operator: it runs and is differentiated through subquad.ops.{op}, "
-            "so not in scripted models nor for the gradients of what another implementation computed"
-        )
-    return implementation
+    return _dispatch.choose_inside(f"na{len(call.size)}d", call)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -388,6 +235,16 @@ def _load_triton() -> Any:
     return triton_impl
 
 
+def _why_not_sdpa(call: NeighborhoodCall) -> str | None:
+    return _load_sdpa().why_not(call)
+
+
+def _load_sdpa() -> Any:
+    from subquad.ops.neighborhood_attention import sdpa_impl
+
+    return sdpa_impl
+
+
 def _load_torch() -> Any:
     from subquad.ops.neighborhood_attention import torch_impl
 
@@ -400,6 +257,7 @@ for _axes in (1, 2, 3):
         partial(prepare, _axes),
         (
             _dispatch.Implementation("triton", _why_not_triton, _load_triton),
+            _dispatch.Implementation("sdpa", _why_not_sdpa, _load_sdpa),
             _dispatch.Implementation("torch", lambda call: None, _load_torch),
             _dispatch.Implementation("reference", lambda call: None, lambda: reference),
         ),

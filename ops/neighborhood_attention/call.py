@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 
 class NeighborhoodCall(NamedTuple):
     """Checked arguments in canonical form; see ``subquad.ops.neighborhood_attention`` for their meaning.
+
+    In calls of the split forms what they lack is empty: v of ``qk``, k of ``av``, whose q are the weights.
 
     Attributes:
         q: (B, *S, H, D) with one to three axes S.
@@ -36,15 +38,31 @@ class NeighborhoodCall(NamedTuple):
     is_causal: Sequence[bool]
     scale: float
 
+    @classmethod
+    def of_qk(cls, q: Tensor, k: Tensor, rpb: Tensor | None, additional_keys: Tensor | None, *options: Any) -> Self:
+        """A call of ``qk``; the options are the fields from ``kernel_size`` on."""
+        return cls._make((q, k, q.new_empty(0), rpb, additional_keys, None, *options))
+
+    @classmethod
+    def of_av(cls, attn: Tensor, v: Tensor, additional_values: Tensor | None, *options: Any) -> Self:
+        """A call of ``av``; the options are ``kernel_size`` to ``is_causal``."""
+        return cls._make((attn, attn.new_empty(0), v, None, None, additional_values, *options, 1.0))
+
     @property
     def size(self) -> tuple[int, ...]:
         """The map's axes."""
         return tuple(self.q.shape[1:-2])
 
     @property
+    def extra(self) -> int:
+        """Number of additional keys."""
+        additional = self.additional_values if self.additional_keys is None else self.additional_keys
+        return 0 if additional is None else additional.shape[1]
+
+    @property
     def keys(self) -> int:
         """Keys of a query at most: its window and the additional ones."""
-        return math.prod(self.kernel_size) + (0 if self.additional_keys is None else self.additional_keys.shape[1])
+        return math.prod(self.kernel_size) + self.extra
 
     @property
     def working(self) -> torch.dtype:

@@ -48,33 +48,64 @@ def windows(
 
 def attend(call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
     """Output (B, *S, H, E) in q's dtype and lse (B, *S, H) in the working dtype, by automatic differentiation."""
-    axes = [
-        windows(*axis, device=call.q.device)
-        for axis in zip(call.size, call.kernel_size, call.dilation, call.stride, call.is_causal, strict=True)
-    ]
+    logits = _scores(call)
+    lse = logits.logsumexp(-1)
+    o = _average(call, torch.exp(logits - lse.unsqueeze(-1)))
+    return o.to(call.q.dtype).unflatten(1, call.size), lse.unflatten(1, call.size)
+
+
+def qk(call: NeighborhoodCall) -> Tensor:
+    """Logits (B, *S, H, slots) in q's dtype; slots of a window are its keys, row by row, then the additional ones."""
+    return _scores(call).to(call.q.dtype).unflatten(1, call.size)
+
+
+def av(call: NeighborhoodCall) -> Tensor:
+    """Sums (B, *S, H, E) of values with the weights (B, *S, H, slots) that the call has in the place of q."""
+    weights = call.q.flatten(1, -3).to(call.working)
+    return _average(call, weights).to(call.q.dtype).unflatten(1, call.size)
+
+
+def _axes(call: NeighborhoodCall) -> list[Windows]:
+    options = zip(call.size, call.kernel_size, call.dilation, call.stride, call.is_causal, strict=True)
+    return [windows(*axis, device=call.q.device) for axis in options]
+
+
+def _visible(axes: list[Windows]) -> Tensor:
+    """(N, K)."""
+    return _ravel([axis.visible.long() for axis in axes], [1] * len(axes)) == len(axes)
+
+
+def _scores(call: NeighborhoodCall) -> Tensor:
+    """Logits (B, N, H, slots) in the working dtype, minus infinity in slots that causality leaves empty."""
+    axes = _axes(call)
     index = _ravel([axis.key for axis in axes], call.size)  # (N, K)
     q = call.q.flatten(1, -3).to(call.working) * call.scale  # (B, N, H, D)
-    k, v = (_per_query_head(call, x.flatten(1, -3)) for x in (call.k, call.v))
+    k = _per_query_head(call, call.k.flatten(1, -3))
     logits = torch.einsum("bnhd,bnkhd->bnhk", q, k[:, index])
     if call.rpb is not None:
         relative = _ravel([axis.relative for axis in axes], [2 * size - 1 for size in call.kernel_size])
         logits = logits + call.rpb.to(call.working).flatten(1)[:, relative].transpose(0, 1)  # (N, H, K)
     if any(call.is_causal):
-        visible = _ravel([axis.visible.long() for axis in axes], [1] * len(axes)) == len(axes)
-        logits = logits.masked_fill(~visible[:, None], -torch.inf)
-    if call.additional_keys is None or call.additional_values is None:
-        lse = logits.logsumexp(-1)
-        o = torch.einsum("bnhk,bnkhe->bnhe", torch.exp(logits - lse.unsqueeze(-1)), v[:, index])
-    else:
-        window = logits.shape[-1]
-        logits = torch.cat(
-            [logits, torch.einsum("bnhd,bmhd->bnhm", q, _per_query_head(call, call.additional_keys))], -1
-        )
-        lse = logits.logsumexp(-1)
-        weights = torch.exp(logits - lse.unsqueeze(-1))
-        o = torch.einsum("bnhk,bnkhe->bnhe", weights[..., :window], v[:, index])
-        o = o + torch.einsum("bnhm,bmhe->bnhe", weights[..., window:], _per_query_head(call, call.additional_values))
-    return o.to(call.q.dtype).unflatten(1, call.size), lse.unflatten(1, call.size)
+        logits = logits.masked_fill(~_visible(axes)[:, None], -torch.inf)
+    if call.additional_keys is not None:
+        further = torch.einsum("bnhd,bmhd->bnhm", q, _per_query_head(call, call.additional_keys))
+        logits = torch.cat([logits, further], -1)
+    return logits
+
+
+def _average(call: NeighborhoodCall, weights: Tensor) -> Tensor:
+    """Sums (B, N, H, E) with weights (B, N, H, slots) in the working dtype; those of empty slots do not count."""
+    axes = _axes(call)
+    index = _ravel([axis.key for axis in axes], call.size)  # (N, K)
+    v = _per_query_head(call, call.v.flatten(1, -3))
+    inside = weights if call.additional_values is None else weights[..., : index.shape[1]]
+    if any(call.is_causal):
+        inside = inside.masked_fill(~_visible(axes)[:, None], 0.0)
+    o = torch.einsum("bnhk,bnkhe->bnhe", inside, v[:, index])
+    if call.additional_values is not None:
+        further = _per_query_head(call, call.additional_values)
+        o = o + torch.einsum("bnhm,bmhe->bnhe", weights[..., index.shape[1] :], further)
+    return o
 
 
 def _per_query_head(call: NeighborhoodCall, x: Tensor) -> Tensor:

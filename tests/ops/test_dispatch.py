@@ -102,7 +102,9 @@ def test_environment_chooses_and_use_backend_overrules_it(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", ["cuda", "Torch", ""])
 def test_unknown_backend_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"use_backend: unknown backend '{name}'.*'reference', 'torch', 'triton'"):
+    with pytest.raises(
+        ValueError, match=rf"use_backend: unknown backend '{name}'.*'reference', 'sdpa', 'torch', 'triton'"
+    ):
         ops.use_backend(name).__enter__()
 
 

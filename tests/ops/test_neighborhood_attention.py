@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import ops
 from subquad.ops import na1d, na2d, na3d
-from subquad.ops.neighborhood_attention import prepare, torch_impl
+from subquad.ops.neighborhood_attention import prepare, tiles
 from subquad.ops.neighborhood_attention.export_form import export_form
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -129,7 +129,7 @@ def test_float64_equals_the_formula(
     arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if working_set:
-        monkeypatch.setattr(torch_impl, "_WORKING_SET_CPU", working_set)
+        monkeypatch.setattr(tiles, "_WORKING_SET_CPU", working_set)
     _assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
 
 
@@ -187,12 +187,19 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+def _assert_special(arguments: Arguments, expected: Tensor) -> None:
+    """The tiles and PyTorch's attention, which is chosen."""
+    assert ops.explain(na2d, **arguments).chosen == "sdpa"
+    for backend in ("torch", "sdpa"):
+        with ops.use_backend(backend):
+            torch.testing.assert_close(na2d(**arguments), expected, rtol=EXACT, atol=EXACT)
+
+
 def test_window_that_covers_the_map_is_full_attention() -> None:
     arguments = _inputs(7, 9, kernel_size=(7, 9), bias=False)
     tensors = [arguments[name] for name in "qkv"]
-    expected = _dense(*(x.flatten(1, 2) for x in tensors)).unflatten(1, (7, 9))
-    torch.testing.assert_close(na2d(**arguments), expected, rtol=EXACT, atol=EXACT)
-    ((_, tile),) = torch_impl._parts(_prepare(arguments))
+    _assert_special(arguments, _dense(*(x.flatten(1, 2) for x in tensors)).unflatten(1, (7, 9)))
+    ((_, tile),) = tiles.parts(_prepare(arguments))
     assert tile.key_size == (7, 9)
 
 
@@ -201,25 +208,80 @@ def test_window_as_wide_as_its_group_is_grid_attention() -> None:
     grids = [arguments[name].unflatten(2, (3, 4)).unflatten(1, (3, 2)) for name in "qkv"]  # (B, 3, 2, 3, 4, heads, D)
     grids = [x.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 4).flatten(0, 2) for x in grids]
     expected = _dense(*grids).unflatten(0, (2, 2, 4)).unflatten(3, (3, 3)).permute(0, 3, 1, 4, 2, 5, 6)
-    torch.testing.assert_close(na2d(**arguments), expected.flatten(3, 4).flatten(1, 2), rtol=EXACT, atol=EXACT)
+    _assert_special(arguments, expected.flatten(3, 4).flatten(1, 2))
 
 
 def test_stride_of_the_kernel_is_window_attention_without_waste() -> None:
     arguments = _inputs(14, 21, kernel_size=7, stride=7, bias=False)
     windows = [arguments[name].unflatten(2, (3, 7)).unflatten(1, (2, 7)).transpose(2, 3) for name in "qkv"]
     expected = _dense(*(x.flatten(3, 4).flatten(0, 2) for x in windows)).unflatten(0, (2, 2, 3)).unflatten(3, (7, 7))
-    torch.testing.assert_close(
-        na2d(**arguments), expected.transpose(2, 3).flatten(3, 4).flatten(1, 2), rtol=EXACT, atol=EXACT
-    )
-    assert {tile.key_size for _, tile in torch_impl._parts(_prepare(arguments))} == {(7, 7)}
+    _assert_special(arguments, expected.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+    assert {tile.key_size for _, tile in tiles.parts(_prepare(arguments))} == {(7, 7)}
+
+
+SPECIAL: dict[str, Arguments] = {
+    "full": _inputs(5, 7, kernel_size=(5, 7)),
+    "grid": _inputs(6, 12, kernel_size=3, dilation=(2, 4), heads=4, shared=2),
+    "windows": _inputs(6, 12, kernel_size=3, stride=3),
+    "dilated windows": _inputs(12, 10, kernel_size=(3, 5), stride=(3, 1), dilation=2, heads=4, shared=1),
+    "sequence": _inputs(12, kernel_size=4, dilation=3),
+    "volume": _inputs(4, 6, 3, kernel_size=(2, 3, 3), dilation=(1, 2, 1), stride=(2, 1, 1)),
+    "one pixel": _inputs(1, 1, kernel_size=1),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("arguments", SPECIAL.values(), ids=SPECIAL.keys())
+def test_special_cases_equal_the_formula(arguments: Arguments, bias: bool) -> None:
+    if not bias:
+        arguments = {name: value for name, value in arguments.items() if name != "rpb"}
+    _assert_close(_run(arguments, "sdpa"), _run(arguments, "reference"), EXACT)
+    # without a gradient of lse, too
+    leaves = {name: arguments[name].clone().requires_grad_() for name in "qkv"}
+    cotangent, grads = _normal(9, *arguments["q"].shape), []
+    for backend in ("sdpa", "reference"):
+        with ops.use_backend(backend):
+            o, _ = _attend(arguments | leaves)
+            grads.append(dict(zip(leaves, torch.autograd.grad(o, tuple(leaves.values()), cotangent), strict=True)))
+    _assert_close(*grads, EXACT)
+    narrow = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    _assert_close(_run(narrow, "sdpa"), _run(_double(narrow), "reference"), FLOAT32)
+
+
+def test_special_cases_have_the_strides_of_the_operator() -> None:
+    call = _prepare(_inputs(5, 7, kernel_size=(5, 7), heads=1))
+    torch.library.opcheck(OPERATOR, tuple(call), test_utils="test_faketensor")
+
+
+# what explain says of a call that is none of them
+NOT_SPECIAL: dict[str, tuple[Arguments, str]] = {
+    "overlap": ({"kernel_size": 3}, "on axis 0 windows overlap: kernel_size 3 at stride 1 is neither the 6 tokens of"),
+    "one axis": ({"kernel_size": (6, 3)}, "on axis 1 windows overlap"),
+    "ragged": ({"kernel_size": (4, 3), "stride": (4, 3)}, "on axis 0 windows overlap: kernel_size 4 at stride 4"),
+    "uneven": ({"kernel_size": 2, "dilation": (3, 5), "stride": 2}, "on axis 1 dilation 5 cuts 12 tokens into groups"),
+    "causal": ({"kernel_size": (6, 12), "is_causal": (False, True)}, "axis 1 is causal"),
+    "additional": ({"kernel_size": (6, 12), "additional": 1}, "additional keys are in no block"),
+    "values": ({"kernel_size": (6, 12), "values": 3}, "must be alike, got 4 and 3 channels"),
+    "16 bits": ({"kernel_size": (6, 12), "dtype": torch.bfloat16}, "rounds weights to 16 bits, got torch.bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), NOT_SPECIAL.values(), ids=NOT_SPECIAL.keys())
+def test_explain_says_why_a_call_is_no_special_case(options: Arguments, reason: str) -> None:
+    arguments = _inputs(6, 12, **options)
+    explanation = ops.explain(na2d, **arguments)
+    assert explanation.chosen == "torch"
+    assert reason in explanation.passed_over["sdpa"]
+    with ops.use_backend("sdpa"), pytest.raises(ValueError, match="no implementation can serve this call"):
+        na2d(**arguments)
 
 
 def test_no_copy_grows_with_the_map() -> None:
     """Keys of a tile: at most twice the kernel and a tile's own width, on a map of 200 x 336."""
     call = _prepare(_inputs(200, 336, batch=1, kernel_size=7, bias=False, dim=1, heads=1))
-    tiles = [tile for _, tile in torch_impl._parts(call)]
-    assert max(math.prod(tile.key_size) for tile in tiles) <= 15**2
-    assert len({tile.pattern for tile in tiles}) <= 5**2
+    found = [tile for _, tile in tiles.parts(call)]
+    assert max(math.prod(tile.key_size) for tile in found) <= 15**2
+    assert len({tile.pattern for tile in found}) <= 5**2
 
 
 # Strides, sizes, dtypes ------------------------------------------------------------------------------------------
@@ -235,8 +297,9 @@ def test_any_strides() -> None:
     _assert_close(_run(strided), _run(arguments), EXACT)
 
 
-def test_empty_batch() -> None:
-    mine = _run(_inputs(5, 6, batch=0, additional=1))
+@pytest.mark.parametrize(("backend", "options"), [("torch", {"additional": 1}), ("sdpa", {"kernel_size": (5, 6)})])
+def test_empty_batch(backend: str, options: Arguments) -> None:
+    mine = _run(_inputs(5, 6, batch=0, **options), backend)
     assert mine["o"].shape == (0, 5, 6, 2, 4)
     assert mine["lse"].shape == (0, 5, 6, 2)
     assert not mine["rpb"].any()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from subquad import ops
 
@@ -19,22 +20,44 @@ NAMES = {"q": "q", "k": "k", "v": "v", "rpb": "rpb", "add_k": "additional_keys",
 """Recorded names to ours."""
 
 
+Arguments = dict[str, Any]
+
+
+def _fused(axes: int, tensors: Arguments, window: Arguments, scale: float | None) -> tuple[Tensor, Tensor]:
+    return getattr(ops, f"na{axes}d")(**tensors, **window, scale=scale, return_lse=True)
+
+
+def _split(axes: int, tensors: Arguments, window: Arguments, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The same through the logits and a softmax."""
+    of_keys = {name: tensors[name] for name in ("q", "k", "rpb", "additional_keys") if name in tensors}
+    of_values = {name: tensors[name] for name in ("v", "additional_values") if name in tensors}
+    logits = getattr(ops, f"na{axes}d_qk")(**of_keys, **window, scale=scale)
+    return getattr(ops, f"na{axes}d_av")(logits.softmax(-1), **of_values, **window), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("attend", [_fused, _split])
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("reference", torch.float64), ("torch", torch.float64), ("torch", torch.float32)],
     ids=["reference-float64", "torch-float64", "torch-float32"],
 )
-def test_case(case: Any, backend: str, dtype: torch.dtype, assert_recorded: Callable[..., None]) -> None:
+def test_case(
+    case: Any,
+    backend: str,
+    dtype: torch.dtype,
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    assert_recorded: Callable[..., None],
+) -> None:
     tensors, constructor = case.tensors(), case.sidecar["constructor"]
     leaves = {name: tensors[name].to(dtype).requires_grad_() for name in NAMES if name in tensors}
-    attend = {1: ops.na1d, 2: ops.na2d, 3: ops.na3d}[tensors["q"].dim() - 3]
+    window = {name: constructor[name] for name in ("kernel_size", "dilation", "stride", "is_causal")}
     scale = constructor["scale"]
     with ops.use_backend(backend):
         o, lse = attend(
-            **{NAMES[name]: leaf for name, leaf in leaves.items()},
-            **{name: constructor[name] for name in ("kernel_size", "dilation", "stride", "is_causal")},
-            scale=None if scale == "head_dim**-0.5" else scale,
-            return_lse=True,
+            tensors["q"].dim() - 3,
+            {NAMES[name]: leaf for name, leaf in leaves.items()},
+            window,
+            None if scale == "head_dim**-0.5" else scale,
         )
         loss = (o * tensors["cotangent"]).sum()
         if "cotangent_lse" in tensors:

@@ -398,6 +398,19 @@ def test_core_off_skips_the_op_and_puts_it_back() -> None:
     assert layers.selective_scan is real
 
 
+def test_core_off_skips_neighborhood_attention() -> None:
+    """Then pixels of different patches do not meet but through convolutions."""
+    system = systems.core_off("test_nat_isotropic")
+    model = system.build(96, CPU).eval()
+    image = torch.randn(1, 3, 96, 96)
+    changed = image.clone()
+    changed[..., :16, :16] += 1
+    difference = [(model.forward_features(x)[0, 1:]).detach() for x in (image, changed)]
+    assert not torch.equal(*difference)
+    with system.context(model):
+        assert torch.equal(*[(model.forward_features(x)[0, 1:]).detach() for x in (image, changed)])
+
+
 @pytest.mark.parametrize("variant", WINDOW.variants)
 def test_peers_that_copy_windows_compute_the_same(quick: dict[str, Any], variant: str) -> None:
     options = OpsOptions(**{"shapes": ("2x8x15x2x8",), "variants": (variant,), **quick})

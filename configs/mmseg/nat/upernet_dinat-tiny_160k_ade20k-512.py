@@ -1,0 +1,13 @@
+# DiNAT-Tiny, UperNet 160k: mIoU 47.8, multi-scale 48.8.
+# Settings: the authors' config; result: the README of github.com/SHI-Labs/Neighborhood-Attention-Transformer.
+_base_ = "../_base_/nat/upernet_160k.py"
+published = dict(miou=47.8, miou_multi_scale=48.8)
+model = dict(
+    backbone=dict(
+        model_name="dinat_tiny",
+        drop_path_rate=0.3,
+        model_args=dict(dilations=[[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]]),
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)

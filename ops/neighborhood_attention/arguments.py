@@ -1,0 +1,199 @@
+"""Checks of the public arguments of neighborhood attention, and the canonical calls that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.ops import _checks, _library
+from subquad.ops.neighborhood_attention.call import NeighborhoodCall
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_Window = tuple[list[int], list[int], list[int], list[bool]]
+
+
+def prepare(
+    axes: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> NeighborhoodCall:
+    """Check the public arguments of ``na<axes>d`` and make them canonical; ``return_lse`` has no part in it."""
+    op = f"na{axes}d"
+    given = {"q": q, "k": k, "v": v, "additional_keys": additional_keys, "additional_values": additional_values}
+    _check_maps(op, axes, {"q": q, "k": k, "v": v}, given | {"rpb": rpb})
+    _check_tokens(op, axes, "k", k, q, k.shape[-2], q.shape[-1])
+    _check_tokens(op, axes, "v", v, q, k.shape[-2], v.shape[-1])
+    if (additional_keys is None) != (additional_values is None):
+        raise ValueError(f"{op}: additional_keys and additional_values go together, got only one of them")
+    if additional_keys is not None and additional_values is not None:
+        tokens = _check_additional(op, "additional_keys", additional_keys, k)
+        _check_additional(op, "additional_values", additional_values, v, tokens)
+    window = _check_window(op, q.shape[1:-2], kernel_size, dilation, stride, is_causal)
+    _check_bias(op, rpb, q, window[0])
+    q, k, v, additional_keys, additional_values = _cast(op, given)
+    return NeighborhoodCall(q, k, v, rpb, additional_keys, additional_values, *window, _factor(scale, q))
+
+
+def prepare_qk(
+    axes: int,
+    q: Tensor,
+    k: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+) -> NeighborhoodCall:
+    """Check the public arguments of ``na<axes>d_qk`` and make them canonical."""
+    op = f"na{axes}d_qk"
+    given = {"q": q, "k": k, "additional_keys": additional_keys}
+    _check_maps(op, axes, {"q": q, "k": k}, given | {"rpb": rpb})
+    _check_tokens(op, axes, "k", k, q, k.shape[-2], q.shape[-1])
+    if additional_keys is not None:
+        _check_additional(op, "additional_keys", additional_keys, k)
+    window = _check_window(op, q.shape[1:-2], kernel_size, dilation, stride, is_causal)
+    _check_bias(op, rpb, q, window[0])
+    q, k, additional_keys = _cast(op, given)
+    return NeighborhoodCall.of_qk(q, k, rpb, additional_keys, *window, _factor(scale, q))
+
+
+def prepare_av(
+    axes: int,
+    attn: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    additional_values: Tensor | None = None,
+) -> NeighborhoodCall:
+    """Check the public arguments of ``na<axes>d_av`` and make them canonical."""
+    op = f"na{axes}d_av"
+    given = {"attn": attn, "v": v, "additional_values": additional_values}
+    _check_maps(op, axes, {"attn": attn, "v": v}, given)
+    _check_tokens(op, axes, "v", v, attn, v.shape[-2], v.shape[-1])
+    tokens = 0 if additional_values is None else _check_additional(op, "additional_values", additional_values, v)
+    window = _check_window(op, attn.shape[1:-2], kernel_size, dilation, stride, is_causal)
+    expected = (*attn.shape[:-1], math.prod(window[0]) + tokens)
+    _checks.check_shape(op, "attn", attn, f"(B, {_names(axes)}, heads, K an axis + M)", expected)
+    attn, v, additional_values = _cast(op, given)
+    return NeighborhoodCall.of_av(attn, v, additional_values, *window)
+
+
+def _names(axes: int) -> str:
+    return ", ".join(("L",) if axes == 1 else ("T", "H", "W")[3 - axes :])
+
+
+def _check_maps(op: str, axes: int, maps: dict[str, Tensor], given: dict[str, Tensor | None]) -> None:
+    """Tensors where there must be, and maps with all axes, none of them empty."""
+    for name, value in given.items():
+        if value is not None or name in maps:
+            _checks.check_tensor(op, name, value)
+    for name, value in maps.items():
+        if value.dim() != axes + 3:
+            shape = tuple(value.shape)
+            raise ValueError(f"{op}: {name} must be (B, {_names(axes)}, heads, channels), got shape {shape}")
+        if 0 in value.shape[1:]:
+            raise ValueError(f"{op}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
+
+
+def _check_tokens(op: str, axes: int, name: str, value: Tensor, q: Tensor, heads: int, channels: int) -> None:
+    letter = "D" if name == "k" else "E"
+    expected = (*q.shape[:-2], heads, channels)
+    _checks.check_shape(op, name, value, f"(B, {_names(axes)}, G, {letter})", expected)
+    if q.shape[-2] % heads:
+        raise ValueError(f"{op}: the heads of k and v must divide those of q, got {heads} and {q.shape[-2]}")
+
+
+def _check_additional(op: str, name: str, value: Tensor, like: Tensor, tokens: int | None = None) -> int:
+    """The number of tokens, which is ``tokens`` if that is given."""
+    if tokens is None:
+        tokens = value.shape[1] if value.dim() == 4 else 1
+    letter = "D" if name == "additional_keys" else "E"
+    expected = (like.shape[0], tokens, *like.shape[-2:])
+    _checks.check_shape(op, name, value, f"(B, M, G, {letter})", expected)
+    return tokens
+
+
+def _check_window(
+    op: str,
+    size: Sequence[int],
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    stride: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+) -> _Window:
+    """One kernel size, dilation, stride and causality an axis."""
+    axes = len(size)
+    kernels = per_axis(op, "kernel_size", kernel_size, axes)
+    dilations = per_axis(op, "dilation", dilation, axes)
+    strides = per_axis(op, "stride", stride, axes)
+    causal = per_axis(op, "is_causal", is_causal, axes, bool)
+    for axis, (length, kernel, spread, step) in enumerate(zip(size, kernels, dilations, strides, strict=True)):
+        if kernel * spread > length:
+            raise ValueError(
+                f"{op}: on axis {axis} kernel_size * dilation must be at most the map's {length}, "
+                f"got {kernel} * {spread} = {kernel * spread}"
+            )
+        if step > kernel:
+            raise ValueError(f"{op}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
+    return kernels, dilations, strides, causal
+
+
+def per_axis(op: str, name: str, value: Any, axes: int, kind: type = int) -> list[Any]:
+    """One positive integer, or bool, an axis.
+
+    Raises:
+        ValueError: naming the argument, what was given and what was expected.
+    """
+    values = list(value) if isinstance(value, Sequence) else [value] * axes
+    positive = kind is bool or all(isinstance(entry, int) and entry >= 1 for entry in values)
+    if len(values) != axes or not positive or not all(isinstance(entry, kind) for entry in values):
+        what = "bool" if kind is bool else "positive integer"
+        raise ValueError(f"{op}: {name} must be a {what} or {axes} of them, got {value!r}")
+    return values
+
+
+def _check_bias(op: str, rpb: Tensor | None, q: Tensor, kernels: Sequence[int]) -> None:
+    if rpb is not None:
+        expected = (q.shape[-2], *(2 * size - 1 for size in kernels))
+        _checks.check_shape(op, "rpb", rpb, "(heads, 2 K - 1 an axis)", expected)
+        _checks.check_dtype(op, "rpb", rpb, _DTYPES)
+        _checks.check_device(op, "rpb", rpb, q.device)
+
+
+def _cast(op: str, given: dict[str, Tensor | None]) -> list[Any]:
+    """Activations of one dtype and device, the first's; under autocast in its dtype, float64 excepted."""
+    first = next(iter(given.values()))
+    assert first is not None
+    autocast = _library.autocast_dtype(first.device) if first.dtype != torch.float64 else None
+    for name, value in given.items():
+        if value is not None:
+            allowed = (first.dtype,) if autocast is None and value is not first else _DTYPES
+            _checks.check_dtype(op, name, value, allowed)
+            _checks.check_device(op, name, value, first.device)
+    values = list(given.values())
+    return values if autocast is None else [None if value is None else value.to(autocast) for value in values]
+
+
+def _factor(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
