@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.layers import MapConv2d, check_heads, in_turn
+from subquad.backbones.layers import MapConv2d, check_heads, crop_to, in_turn
 from subquad.backbones.registry import register_variants
 from subquad.ops import na2d
 
@@ -38,21 +38,6 @@ def pad_to(x: Tensor, size: int) -> Tensor:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
     elif x.shape[1] < size or x.shape[2] < size:
         x = F.pad(x, (0, 0, 0, max(size - x.shape[2], 0), 0, max(size - x.shape[1], 0)))
-    return x
-
-
-@register_notrace_function
-def crop_to(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of x, (B, H, W, ...)."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
-        # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        x = x.index_select(2, torch.arange(width, device=x.device))
-    else:
-        x = x[:, :height, :width]
     return x
 
 

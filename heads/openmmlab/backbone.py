@@ -82,8 +82,9 @@ class SubquadBackbone(BaseModule):
         _prune(self.net, self.out_indices)
         if with_cp:
             self.net.set_grad_checkpointing(True)
+        eps = getattr(self.net, "out_norm_eps", 1e-5)
         self.out_norms = nn.ModuleDict(
-            {str(i): nn.LayerNorm(dim, eps=1e-5) for i, dim in zip(self.out_indices, self.channels, strict=True)}
+            {str(i): nn.LayerNorm(dim, eps=eps) for i, dim in zip(self.out_indices, self.channels, strict=True)}
             if out_norm
             else {}
         )
