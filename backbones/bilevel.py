@@ -31,8 +31,29 @@ def pad_to_regions(x: Tensor, count: int) -> Tensor:
 
 
 @register_notrace_function
+def region_size(x: Tensor, count: int) -> list[int]:
+    """Height and width of the regions of a map (B, H, W, C), ``count`` of them along a side that is long enough."""
+    # An exported program would keep a branch on sizes as it was for the example.
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    size = [x.shape[1] // count, x.shape[2] // count]
+    if not exporting:
+        size = [max(size[0], 1), max(size[1], 1)]
+    return size
+
+
+@register_notrace_function
 def choose_regions(q: Tensor, k: Tensor, topk: int, size: list[int]) -> Tensor:
-    """``subquad.ops.route_regions`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx."""
+    """``subquad.ops.route_regions`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx.
+
+    All regions, where there are fewer than ``topk``.
+    """
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    if not exporting:
+        topk = min(topk, -(-k.shape[1] // size[0]) * -(-k.shape[2] // size[1]))
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.
         regions = torch.ops.subquad.region_routing(q.detach(), k.detach(), size, size, topk).unsqueeze(1)
@@ -74,8 +95,9 @@ class BiLevelRoutingAttention(nn.Module):
         topk: regions that a region attends to.
         qk_dim: channels of queries and keys; dim by default.
         lepe_size: kernel of the depthwise convolution of the values that is added to the output.
-        ragged: instead of padding the input, take regions of floor(H / n_win) x floor(W / n_win) tokens, as many as
-            that makes, and pad queries, keys and values with zeros; a map must have n_win rows and columns then.
+        ragged: instead of padding the input, take regions of floor(H / n_win) x floor(W / n_win) tokens, at least one,
+            as many as that makes, and pad queries, keys and values with zeros. A map of fewer regions than ``topk`` is
+            attended as a whole.
         kv_pool: how keys and values are pooled inside each region: "identity", "avgpool" and "maxpool" by
             ``kv_pool_size``, "ada_avgpool" and "ada_maxpool" to ``kv_pool_size`` a side.
         soft_routing: multiply keys and values by the softmax of the chosen regions' scores.
@@ -128,7 +150,7 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         if not self.ragged:
             x = pad_to_regions(x, self.n_win)
-        size = [x.shape[1] // self.n_win, x.shape[2] // self.n_win]
+        size = region_size(x, self.n_win)
         q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         lepe = self.lepe(v)
         factors: Tensor | None = None

@@ -163,6 +163,11 @@ def test_options_that_cannot_be_built(options: dict[str, object], message: str) 
         BiFormer(**options)  # type: ignore[arg-type]
 
 
-def test_ragged_regions_need_large_maps() -> None:
-    with pytest.raises(ValueError, match="region_size must be a positive integer"):
-        _attention(ragged=True, topk=1)(torch.randn(1, 2, 6, 8, dtype=torch.float64))
+def test_ragged_regions_of_small_maps_are_full_attention() -> None:
+    """2 x 2 tokens have fewer regions than are to be chosen, and regions have at least a token."""
+    attention = _attention(ragged=True, topk=9)
+    x = torch.randn(2, 2, 2, 8, dtype=torch.float64)
+    q, k, v = attention.qkv(x).flatten(1, 2).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    o = F.scaled_dot_product_attention(q, k, v, scale=8**-0.5).transpose(1, 2).reshape(2, 2, 2, 8)
+    lepe = attention.lepe(v.transpose(1, 2).reshape(2, 2, 2, 8))
+    torch.testing.assert_close(attention(x), attention.proj(o + lepe), rtol=1e-12, atol=1e-12)
