@@ -1,6 +1,6 @@
 """Swin (arXiv 2103.14030) whose first blocks mix the whole map with a mixer of linear cost.
 
-The other blocks are timm's own: softmax attention in shifted windows.
+The other blocks are Swin's own: softmax attention in shifted windows.
 """
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, to_2tuple
 from timm.models import generate_default_cfgs, register_notrace_function
 from timm.models.swin_transformer import WindowAttention
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock, crop, from_windows, to_windows
+from subquad.backbones.hosts.blocks import MixerBlock
 from subquad.backbones.hosts.origins import host_cfg, slab_cfg
-from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
+from subquad.backbones.layers import PatchEmbed, PatchMerging, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
 from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
+from subquad.ops import window_attention_packed
 
 __all__ = ["MixerSwin"]
 
@@ -113,7 +113,7 @@ class MixerSwin(Pyramid):
 
 
 class WindowMixer(nn.Module):
-    """Swin's own mixer: timm's attention in windows of the map, which is padded, then shifted by ``shift`` pixels."""
+    """Swin's own mixer: attention in windows of the map, which is padded, then shifted by ``shift`` pixels."""
 
     def __init__(
         self, dim: int, num_heads: int, window: int, shift: int, device: Any = None, dtype: Any = None
@@ -124,41 +124,29 @@ class WindowMixer(nn.Module):
         self.attn = WindowAttention(dim, num_heads, window_size=(window, window), device=device, dtype=dtype)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
-        height, width = feat_size[0], feat_size[1]
-        x = x.unflatten(1, (height, width))
-        if self.shift > 0:
-            x = shifted_windows(x, self.window, self.shift)
-            x = self.attn(x, shift_mask(x, self.window, self.shift, height, width))
-            x = unshifted_windows(x, self.window, self.shift, height, width)
-        else:
-            x = from_windows(self.attn(to_windows(x, self.window)), self.window, height, width)
-        return x.flatten(1, 2)
+        attn = self.attn
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unflatten(1, (feat_size[0], feat_size[1]))
+        table, bias = attn.relative_position_bias_table, attn.qkv.bias
+        return attn.proj(attend_windows(qkv, table, bias, self.window, self.shift).flatten(3).flatten(1, 2))
 
 
 @register_notrace_function
-def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
-    """Maps (B, H, W, C), padded to whole windows and rolled up and left, to windows (B * windows, window ** 2, C)."""
-    x = F.pad(x, (0, 0, 0, ceil_to(x.shape[2], window) - x.shape[2], 0, ceil_to(x.shape[1], window) - x.shape[1]))
-    return to_windows(x.roll((-shift, -shift), (1, 2)), window)
+def attend_windows(qkv: Tensor, table: Tensor, bias: Tensor, window: int, shift: int) -> Tensor:
+    """``subquad.ops.window_attention_packed`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx.
 
-
-@register_notrace_function
-def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
-    x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
-    return crop(x.roll((shift, shift), (1, 2)), height, width)
-
-
-@register_notrace_function
-def shift_mask(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """-100 between pixels that share a window by the roll only, else 0; (windows, n, n) with n = window ** 2."""
-    height, width = ceil_to(height, window), ceil_to(width, window)
-    rows = torch.arange(height, device=x.device)[:, None]
-    columns = torch.arange(width, device=x.device)[None]
-    below = (rows >= height - window).int() + (rows >= height - shift).int()
-    beside = (columns >= width - window).int() + (columns >= width - shift).int()
-    region = to_windows((3 * below + beside)[None, :, :, None], window)  # (windows, window ** 2, 1)
-    return -100.0 * (region != region.transpose(1, 2)).to(x.dtype)
+    The padding of the input is zeros, of which a projection makes its ``bias``.
+    """
+    _, pad_k, pad_v = bias.to(qkv.dtype).unflatten(0, (3, qkv.shape[4], -1)).unbind(0)
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        windows, shifts, scale = [window, window], [shift, shift], qkv.shape[5] ** -0.5
+        found = torch.ops.subquad.window_attention(
+            qkv, None, None, table, pad_k, pad_v, windows, shifts, scale, True, False, -100.0, False, False
+        )
+        o = found[0]
+    else:
+        o = window_attention_packed(qkv, window, shift, table=table, order="pad_roll", pad_k=pad_k, pad_v=pad_v)
+    return o
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
