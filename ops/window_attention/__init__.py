@@ -333,8 +333,8 @@ def _why_not_triton(call: WindowCall) -> str | None:
         return "float64 runs in PyTorch"
     if call.q.shape[0] == 0:
         return "empty batch"
-    if call.tokens > 64:
-        return f"windows of {call.tokens} tokens, the kernels take up to 64"
+    if call.tokens > 256:
+        return f"windows of {call.tokens} tokens, the kernels take up to 256"
     most = 64 if call.q.dtype == torch.float32 else 128
     if (widest := max(x.shape[-1] for x in call.parts)) > most:
         return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"
