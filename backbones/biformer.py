@@ -244,36 +244,21 @@ class BiFormer(Pyramid):
         **pyramid: Any,
     ) -> None:
         widths = stage_dims(depths, dims)
-        windows = [n_win] * len(widths) if isinstance(n_win, int) else list(n_win)
-        keys = widths if qk_dims is None else list(qk_dims)
-        pools = [1] * len(widths) if kv_pool_sizes is None else list(kv_pool_sizes)
-        given = {"topks": topks, "n_win": windows, "qk_dims": keys, "kv_pool_sizes": pools}
-        for name, values in given.items():
-            if len(values) != len(widths):
-                raise ValueError(f"{name} must have one entry for each of {len(widths)} stages, got {tuple(values)}")
+        given = {
+            "n_win": [n_win] * len(widths) if isinstance(n_win, int) else n_win,
+            "qk_dim": widths if qk_dims is None else qk_dims,
+            "kv_pool_size": [1] * len(widths) if kv_pool_sizes is None else kv_pool_sizes,
+        }
+        options = _by_stage(len(widths), topks, given)
         if stem not in _STEMS:
             raise ValueError(f"unknown stem {stem!r}, expected one of {list(_STEMS)}")
         dd = {"device": device, "dtype": dtype}
-        routed = partial(
-            BiLevelRoutingAttention,
-            lepe_size=lepe_size,
-            ragged=ragged,
-            kv_pool=kv_pool,
-            soft_routing=soft_routing,
-            diff_routing=diff_routing,
-            param_routing=param_routing,
-        )
-        block = partial(
-            BiFormerBlock,
-            mlp_ratio=mlp_ratio,
-            mlp_dwconv=mlp_dwconv,
-            pos_size=pos_size,
-            pre_norm=pre_norm,
-            layer_scale=layer_scale,
-        )
+        routing = {"soft_routing": soft_routing, "diff_routing": diff_routing, "param_routing": param_routing}
+        routed = partial(BiLevelRoutingAttention, lepe_size=lepe_size, ragged=ragged, kv_pool=kv_pool, **routing)
+        residual: dict[str, Any] = {"pre_norm": pre_norm, "layer_scale": layer_scale}
+        block = partial(BiFormerBlock, mlp_ratio=mlp_ratio, mlp_dwconv=mlp_dwconv, pos_size=pos_size, **residual)
         mixers = [
-            _mixer(routed, topk, head_dim, lepe_size, n_win=windows[i], qk_dim=keys[i], kv_pool_size=pools[i])
-            for i, topk in enumerate(topks)
+            _mixer(routed, topk, head_dim, lepe_size, **stage) for topk, stage in zip(topks, options, strict=True)
         ]
         make_stem, downsample = _STEMS[stem]
         super().__init__(
@@ -293,7 +278,15 @@ _STEMS: dict[str, tuple[Any, Any]] = {"conv": (ConvStem, ConvDownsample), "patch
 _FULL = {-1: "none", -2: "input", -3: "values"}
 
 
-def _mixer(routed: Any, topk: int, head_dim: int, lepe_size: int, *, qk_dim: int, **options: Any) -> Any:
+def _by_stage(stages: int, topks: Sequence[int], given: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """The options of each stage's routed attention."""
+    for name, values in {"topks": topks, **given}.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} must have one entry for each of {stages} stages, got {tuple(values)}")
+    return [{name: values[i] for name, values in given.items()} for i in range(stages)]
+
+
+def _mixer(routed: Any, topk: int, head_dim: int, lepe_size: int, *, qk_dim: int, **options: int) -> Any:
     """The factory of a stage's mixers, for an entry of ``topks``."""
     if topk > 0:
         if qk_dim % head_dim:
