@@ -247,6 +247,21 @@ def ceil_to(size: int, multiple: int) -> int:
     return (size + multiple - 1) // multiple * multiple
 
 
+@register_notrace_function
+def crop_to(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of x, (B, H, W, ...)."""
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    if exporting:
+        # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
+        x = x.index_select(1, torch.arange(height, device=x.device))
+        x = x.index_select(2, torch.arange(width, device=x.device))
+    else:
+        x = x[:, :height, :width]
+    return x
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then a norm.
 

@@ -41,7 +41,7 @@ class SubquadBackbone(BaseModule):
         norm_eval: keep batch norms in evaluation mode.
         with_cp: recompute blocks in the backward pass instead of keeping their activations.
         out_norm: a LayerNorm of its own behind each returned map, as the authors of most hierarchical models have it.
-        out_norm_eps: of these norms.
+        out_norm_eps: of these norms; by default the model says (``out_norm_eps``), or 1e-5.
         model_args: more arguments of ``timm.create_model``, such as ``dict(img_size=512)``.
 
     Attributes:
@@ -64,7 +64,7 @@ class SubquadBackbone(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         out_norm: bool = False,
-        out_norm_eps: float = 1e-5,
+        out_norm_eps: float | None = None,
         model_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -84,11 +84,9 @@ class SubquadBackbone(BaseModule):
         _prune(self.net, self.out_indices)
         if with_cp:
             self.net.set_grad_checkpointing(True)
+        eps = getattr(self.net, "out_norm_eps", 1e-5) if out_norm_eps is None else out_norm_eps
         self.out_norms = nn.ModuleDict(
-            {
-                str(i): nn.LayerNorm(dim, eps=out_norm_eps)
-                for i, dim in zip(self.out_indices, self.channels, strict=True)
-            }
+            {str(i): nn.LayerNorm(dim, eps=eps) for i, dim in zip(self.out_indices, self.channels, strict=True)}
             if out_norm
             else {}
         )

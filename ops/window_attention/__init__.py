@@ -161,12 +161,7 @@ def prepare(
     _check_shapes(q, k, v, pad_k, pad_v)
     windows, shifts = _per_axis("window", window, 1), _per_axis("shift", shift, 0)
     _check_windows(q.shape[1:3], windows, shifts, grid)
-    if order not in _ORDERS:
-        raise ValueError(f"{_OP}: unknown order {order!r}, expected one of {list(_ORDERS)}")
-    if index not in _INDICES:
-        raise ValueError(f"{_OP}: unknown index {index!r}, expected one of {list(_INDICES)}")
-    if not mask_value <= 0:
-        raise ValueError(f"{_OP}: mask_value must not be positive, got {mask_value}")
+    _check_options(order, index, mask_value)
     if hide_padding and (pad_k is not None or pad_v is not None):
         raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
     if table is not None:
@@ -200,6 +195,15 @@ def prepare(
         index == "k-q",
         grid,
     )
+
+
+def _check_options(order: str, index: str, mask_value: float) -> None:
+    if order not in _ORDERS:
+        raise ValueError(f"{_OP}: unknown order {order!r}, expected one of {list(_ORDERS)}")
+    if index not in _INDICES:
+        raise ValueError(f"{_OP}: unknown index {index!r}, expected one of {list(_INDICES)}")
+    if not mask_value <= 0:
+        raise ValueError(f"{_OP}: mask_value must not be positive, got {mask_value}")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
@@ -333,8 +337,8 @@ def _why_not_triton(call: WindowCall) -> str | None:
         return "float64 runs in PyTorch"
     if call.q.shape[0] == 0:
         return "empty batch"
-    if call.tokens > 64:
-        return f"windows of {call.tokens} tokens, the kernels take up to 64"
+    if call.tokens > 256:
+        return f"windows of {call.tokens} tokens, the kernels take up to 256"
     most = 64 if call.q.dtype == torch.float32 else 128
     if (widest := max(x.shape[-1] for x in call.parts)) > most:
         return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"

@@ -149,7 +149,7 @@ def window_attention_fwd_kernel(
         i_b = (i_window // (rows * columns)).to(tl.int64)
         i_row = i_window // columns % rows
         i_column = i_window % columns
-        o_tokenq, m_q, _ = _places(
+        o_tokenq, m_q, _m_in = _places(
             i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
         )
         b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
@@ -210,6 +210,22 @@ def window_attention_fwd_kernel(
         tl.store(p_lse + i_pixel * heads + i_h + o_tokenq * heads, (b_top + tl.log2(b_sum)) * _LN2, mask=m_q)
 
 
+@triton.jit
+def _weights_and_gradients(
+    b_q, b_k, b_v, b_do, b_delta, b_lse, p_bias, o_q, o_k, i_row, i_column, rows, columns, m_padk,
+    WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, SCALE: tl.constexpr, MASK: tl.constexpr,
+    HIDE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS of queries o_q and keys o_k [T], each [T, T]; bias at p_bias [T, T]."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * _LOG2E)
+    if BIAS:
+        b_s += tl.load(p_bias)  # from the L1: registers are dearer
+    b_s = _masked(b_s, o_q, o_k, i_row, i_column, rows, columns, m_padk, WH, WW, SY, SX, MASK * _LOG2E, HIDE, BIAS)
+    b_p = tl.exp2(b_s - (b_lse * _LOG2E)[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    return b_p, b_p * (b_dp - b_delta[:, None])
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def window_attention_bwd_kernel(
     p_q, p_k, p_v, p_bias, p_padk, p_padv, p_o, p_lse, p_do, p_dq, p_dk, p_dv, p_pairs, p_dpadk, p_dpadv,
@@ -257,18 +273,13 @@ def window_attention_bwd_kernel(
             b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
         if RAGGED and PADV:
             b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * _LOG2E)
-        if BIAS:
-            b_s += tl.load(p_biasq)  # from the L1: registers are dearer
-        b_s = _masked(
-            b_s, o_t, o_t, i_row, i_column, rows, columns, m_pad, WH, WW, SY, SX, MASK * _LOG2E, RAGGED and HIDE, BIAS
-        )
-        b_p = tl.exp2(b_s - (b_lse * _LOG2E)[:, None])
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        b_p, b_ds = _weights_and_gradients(
+            b_q, b_k, b_v, b_do, b_delta, b_lse, p_biasq, o_t, o_t, i_row, i_column, rows, columns, m_pad,
+            WH, WW, SY, SX, SCALE, MASK, RAGGED and HIDE, BIAS, PRECISION,
+        )  # fmt: skip
         b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
         _store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_token, stride_dvt, m_map, b_dv, E, BE)
-        b_ds = b_p * (b_dp - b_delta[:, None])
         if BIAS:
             b_pairs += b_ds
         b_ds = b_ds.to(b_q.dtype)
@@ -293,18 +304,150 @@ def window_attention_bwd_kernel(
         tl.store(p_dpadv + i_partial * E + o_e, b_dpadv, mask=o_e < E)
 
 
+@triton.jit(do_not_specialize=_PLAIN)
+def window_attention_bwd_kernel_queries(
+    p_q, p_k, p_v, p_bias, p_padk, p_padv, p_o, p_lse, p_do, p_dq, p_pairs,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_dqb, stride_dqt, stride_dqh,
+    windows, height, width, rows, columns, heads, offset_y, offset_x,
+    WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BLOCKS: tl.constexpr, SCALE: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, PADK: tl.constexpr, PADV: tl.constexpr,
+    HIDE: tl.constexpr, PAD_FIRST: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and the sums of dS in windows of several blocks.
+
+    Grid (heads * BLOCKS, programs): a program takes BT queries of a head in every programs-th window of the batch, and
+    adds dS to rows of p_pairs (programs, heads, tokens, tokens), zeros before, that are its own. On chip: q, do, dq and
+    a [BT, BT] tile.
+    """
+    i_h = tl.program_id(0) % heads
+    o_q = tl.program_id(0) // heads * BT + tl.arange(0, BT)
+    p_biasq = p_bias + i_h.to(tl.int64) * (BLOCKS * BT * BLOCKS * BT) + (o_q * (BLOCKS * BT))[:, None]
+    i_partial = tl.program_id(1).to(tl.int64) * heads + i_h
+    p_pairsq = p_pairs + i_partial * (WH * WW * WH * WW) + (o_q * (WH * WW))[:, None]
+    for i_window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        i_b = (i_window // (rows * columns)).to(tl.int64)
+        i_row = i_window // columns % rows
+        i_column = i_window % columns
+        i_pixel = i_b * height * width
+        o_tokenq, m_q, _m_in = _places(
+            i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
+        )
+        b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
+        b_do = _load_rows(p_do + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+        b_o = _load_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+        b_lse = tl.load(p_lse + i_pixel * heads + i_h + o_tokenq * heads, mask=m_q, other=float("inf"))
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        b_dq = tl.zeros((BT, BD), tl.float32)
+        for i_block in range(BLOCKS):
+            o_k = i_block * BT + tl.arange(0, BT)
+            o_tokenk, m_k, m_in = _places(
+                i_row, i_column, o_k, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
+            )
+            m_pad = m_in & (m_k == 0)
+            b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_tokenk, stride_kt, m_k, D, BD)
+            b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_tokenk, stride_vt, m_k, E, BE)
+            if RAGGED and PADK:
+                b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
+            if RAGGED and PADV:
+                b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
+            _b_p, b_ds = _weights_and_gradients(
+                b_q, b_k, b_v, b_do, b_delta, b_lse, p_biasq + o_k[None, :], o_q, o_k, i_row, i_column, rows, columns,
+                m_pad, WH, WW, SY, SX, SCALE, MASK, RAGGED and HIDE, BIAS, PRECISION,
+            )  # fmt: skip
+            if BIAS:
+                m_pair = (o_q < WH * WW)[:, None] & (o_k < WH * WW)[None, :]
+                b_sum = tl.load(p_pairsq + o_k[None, :], mask=m_pair, other=0.0)
+                tl.store(p_pairsq + o_k[None, :], b_sum + b_ds, mask=m_pair)
+            b_dq += tl.dot(b_ds.to(b_q.dtype), b_k, input_precision=PRECISION)
+        tl.debug_barrier()  # the next window reads the sums back, maybe in other threads
+        _store_rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_tokenq, stride_dqt, m_q, b_dq * SCALE, D, BD)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def window_attention_bwd_kernel_keys(
+    p_q, p_k, p_v, p_bias, p_padk, p_padv, p_o, p_lse, p_do, p_dk, p_dv, p_dpadk, p_dpadv,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+    windows, height, width, rows, columns, heads, offset_y, offset_x,
+    WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BLOCKS: tl.constexpr, SCALE: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, PADK: tl.constexpr, PADV: tl.constexpr,
+    HIDE: tl.constexpr, PAD_FIRST: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv in windows of several blocks, and their partial sums over padding (programs, BLOCKS, heads, D or E).
+
+    Grid (heads * BLOCKS, programs): a program takes BT keys of a head in every programs-th window of the batch. On
+    chip: k, v, dk, dv and a [BT, BT] tile.
+    """
+    i_h = tl.program_id(0) % heads
+    o_k = tl.program_id(0) // heads * BT + tl.arange(0, BT)
+    p_biask = p_bias + i_h.to(tl.int64) * (BLOCKS * BT * BLOCKS * BT) + o_k[None, :]
+    b_dpadk = tl.zeros((BD,), tl.float32)
+    b_dpadv = tl.zeros((BE,), tl.float32)
+    for i_window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        i_b = (i_window // (rows * columns)).to(tl.int64)
+        i_row = i_window // columns % rows
+        i_column = i_window % columns
+        i_pixel = i_b * height * width
+        o_tokenk, m_k, m_in = _places(
+            i_row, i_column, o_k, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
+        )
+        m_pad = m_in & (m_k == 0)
+        b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_tokenk, stride_kt, m_k, D, BD)
+        b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_tokenk, stride_vt, m_k, E, BE)
+        if RAGGED and PADK:
+            b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
+        if RAGGED and PADV:
+            b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
+        b_dk = tl.zeros((BT, BD), tl.float32)
+        b_dv = tl.zeros((BT, BE), tl.float32)
+        for i_block in range(BLOCKS):
+            o_q = i_block * BT + tl.arange(0, BT)
+            o_tokenq, m_q, _m_in = _places(
+                i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
+            )
+            b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
+            b_do = _load_rows(p_do + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+            b_o = _load_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+            b_lse = tl.load(p_lse + i_pixel * heads + i_h + o_tokenq * heads, mask=m_q, other=float("inf"))
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+            b_p, b_ds = _weights_and_gradients(
+                b_q, b_k, b_v, b_do, b_delta, b_lse, p_biask + (o_q * (BLOCKS * BT))[:, None], o_q, o_k,
+                i_row, i_column, rows, columns, m_pad,
+                WH, WW, SY, SX, SCALE, MASK, RAGGED and HIDE, BIAS, PRECISION,
+            )  # fmt: skip
+            b_dv += tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
+            b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
+        b_dk *= SCALE
+        _store_rows(p_dk + i_b * stride_dkb + i_h * stride_dkh, o_tokenk, stride_dkt, m_k, b_dk, D, BD)
+        _store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_tokenk, stride_dvt, m_k, b_dv, E, BE)
+        if RAGGED and PADK:
+            b_dpadk += tl.sum(tl.where(m_pad[:, None], b_dk, 0.0), 0)
+        if RAGGED and PADV:
+            b_dpadv += tl.sum(tl.where(m_pad[:, None], b_dv, 0.0), 0)
+    i_partial = tl.program_id(1).to(tl.int64) * (heads * BLOCKS) + tl.program_id(0)  # (programs, BLOCKS, heads)
+    if RAGGED and PADK:
+        o_d = tl.arange(0, BD)
+        tl.store(p_dpadk + i_partial * D + o_d, b_dpadk, mask=o_d < D)
+    if RAGGED and PADV:
+        o_e = tl.arange(0, BE)
+        tl.store(p_dpadv + i_partial * E + o_e, b_dpadv, mask=o_e < E)
+
+
 @triton.jit(do_not_specialize=["heads"])
 def window_attention_bwd_kernel_table(
     p_pairs, p_table, heads,
-    WH: tl.constexpr, WW: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, KEY_MINUS_QUERY: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr, BQ: tl.constexpr, BX: tl.constexpr, KEY_MINUS_QUERY: tl.constexpr,
 ):  # fmt: skip
     """The table's gradient from that of the bias of each pair, (heads, WH WW, WH WW).
 
-    Grid (heads, 2 WH - 1): a program takes the pairs of one distance between rows, [BT queries, BX keys of a row].
+    Grid (heads, 2 WH - 1): a program takes the pairs of one distance between rows, [BQ queries, BX keys of a row].
     """
     i_h = tl.program_id(0)
     i_dy = tl.program_id(1) - (WH - 1)
-    o_q = tl.arange(0, BT)
+    o_q = tl.arange(0, BQ)
     o_x = tl.arange(0, BX)
     o_yk = o_q // WW - i_dy
     m = ((o_q < WH * WW) & (o_yk >= 0) & (o_yk < WH))[:, None] & (o_x < WW)[None, :]

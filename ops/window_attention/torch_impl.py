@@ -33,8 +33,8 @@ def forward(call: WindowCall) -> tuple[Tensor, Tensor]:
     for images, windows in _windows(call):
         logits = _logits(call, windows, _get(call, q, images, windows), _keys(call, k, images, windows), bias)
         top = logits.logsumexp(-1, keepdim=True)
-        _put(o, images, windows, logits.sub_(top).exp_() @ _values(call, v, images, windows))
-        _put(lse, images, windows, top.squeeze(-1))
+        _put(o, images, windows, _exp_(logits.sub_(top)) @ _values(call, v, images, windows))
+        _put(lse.unsqueeze(-1), images, windows, top)
     return o, lse
 
 
@@ -58,9 +58,9 @@ def backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor) -> Gradie
         part_grad = _get(call, grad_o, images, windows)
         delta = (part_grad * _get(call, o, images, windows)).sum(-1, keepdim=True)
         top = _get(call, lse.unsqueeze(-1), images, windows)
-        weights = _logits(call, windows, part_q, part_k, bias).sub_(top).exp_()
-        # Queries of padding have no lse nor gradient of their own.
-        weights = weights.masked_fill_(windows.padding[:, None, :, None], 0.0)
+        weights = _exp_(_logits(call, windows, part_q, part_k, bias).sub_(top))
+        if windows.any_padding:  # queries of padding have no lse nor gradient of their own
+            weights.masked_fill_(windows.padding[:, None, :, None], 0.0)
         d_logits = (part_grad @ part_v.mT).sub_(delta).mul_(weights)
         _put(grad_q, images, windows, (d_logits @ part_k).mul_(call.scale))
         for target, total, found in (
@@ -68,7 +68,7 @@ def backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor) -> Gradie
             (grad_v, pad_v, weights.mT @ part_grad),
         ):
             _put(target, images, windows, found)
-            if total is not None:
+            if total is not None and windows.any_padding:
                 total += found.transpose(2, 3)[:, windows.padding].sum((0, 1))
         if pairs is not None:
             pairs += d_logits.sum((0, 1))
@@ -94,13 +94,21 @@ class _Windows(NamedTuple):
 
     Attributes:
         places: where on the flattened map each token lies, (windows, tokens); 0 for padding.
-        padding: whether a token is padding, (windows, tokens).
+        padding, any_padding: whether a token is padding, (windows, tokens), and whether one is.
         regions: numbers of regions that do not see each other, (windows, tokens), or None if there is one only.
+        pixels: of the map.
     """
 
     places: Tensor
     padding: Tensor
+    any_padding: bool
     regions: Tensor | None
+    pixels: int
+
+    def rows(self, places: Tensor, images: int) -> Tensor:
+        """Places in several images, whose pixels are counted one image after another."""
+        first = torch.arange(images, device=places.device) * self.pixels
+        return (first[:, None] + places.flatten()).flatten()
 
 
 def _windows(call: WindowCall) -> Iterator[tuple[slice, _Windows]]:
@@ -117,10 +125,13 @@ def _windows(call: WindowCall) -> Iterator[tuple[slice, _Windows]]:
     images = max(1, working_set // (logits * min(step, len(places))))
     for first in range(0, len(places), step):
         taken = slice(first, first + step)
+        outside = padding[taken].flatten(2).flatten(0, 1)
         windows = _Windows(
             places[taken].flatten(2).flatten(0, 1),
-            padding[taken].flatten(2).flatten(0, 1),
+            outside,
+            bool(outside.any()),
             None if regions is None else regions[taken].flatten(2).flatten(0, 1),
+            call.q.shape[1] * width,
         )
         for start in range(0, batch, images):
             yield slice(start, min(start + images, batch)), windows
@@ -152,7 +163,9 @@ def _axis(call: WindowCall, axis: int) -> _Axis:
 
 def _get(call: WindowCall, x: Tensor, images: slice, windows: _Windows) -> Tensor:
     """Tokens of (B, H, W, heads, channels) in the working dtype, (b, windows, heads, tokens, channels)."""
-    return x[images].flatten(1, 2)[:, windows.places].transpose(2, 3).to(call.working)
+    rows = x[images].flatten(0, 2).flatten(1)  # views, where x is one of a projection
+    found = rows.index_select(0, windows.rows(windows.places, len(x[images])))
+    return found.view(-1, *windows.places.shape, *x.shape[3:]).transpose(2, 3).to(call.working)
 
 
 def _keys(call: WindowCall, k: Tensor, images: slice, windows: _Windows) -> Tensor:
@@ -165,7 +178,7 @@ def _values(call: WindowCall, v: Tensor, images: slice, windows: _Windows) -> Te
 
 def _with_padding(x: Tensor, pad: Tensor | None, windows: _Windows) -> Tensor:
     """(b, windows, heads, tokens, channels) with what padding has, zeros if ``pad`` is None."""
-    if not windows.padding.any():
+    if not windows.any_padding:
         return x
     value = x.new_zeros(()) if pad is None else pad.to(x.dtype).unsqueeze(1)
     return torch.where(windows.padding[:, None, :, None], value, x)
@@ -173,8 +186,20 @@ def _with_padding(x: Tensor, pad: Tensor | None, windows: _Windows) -> Tensor:
 
 def _put(x: Tensor, images: slice, windows: _Windows, value: Tensor) -> None:
     """The inverse of ``_get``, without the padding."""
-    real = ~windows.padding
-    x[images].flatten(1, 2)[:, windows.places[real]] = value.transpose(2, 3)[:, real].to(x.dtype)
+    part, value = x[images], value.transpose(2, 3).to(x.dtype).flatten(3)  # (b, windows, tokens, heads * channels)
+    places = windows.places
+    if windows.any_padding:
+        real = ~windows.padding
+        places, value = places[real], value[:, real]
+    part.flatten(0, 2).flatten(1).index_copy_(0, windows.rows(places, len(part)), value.reshape(-1, value.shape[-1]))
+
+
+def _exp_(logits: Tensor) -> Tensor:
+    """exp in place, of logits that are not positive."""
+    if logits.dtype == torch.float32:
+        # What a mask of -100 leaves is a number below float32's normal ones, with which a CPU is ten times as slow.
+        torch.threshold_(logits, -87.0, -torch.inf)
+    return logits.exp_()
 
 
 def _bias(call: WindowCall) -> Tensor | None:
@@ -193,7 +218,7 @@ def _logits(call: WindowCall, windows: _Windows, q: Tensor, k: Tensor, bias: Ten
         apart = windows.regions[:, :, None] != windows.regions[:, None, :]
         if apart.any():
             logits += torch.where(apart, call.mask_value, 0.0).to(logits.dtype).unsqueeze(1)
-    if call.hide_padding and windows.padding.any():
+    if call.hide_padding and windows.any_padding:
         hidden = windows.padding[:, None, :] & ~windows.padding[:, :, None]
         logits.masked_fill_(hidden.unsqueeze(1), -torch.inf)
     return logits

@@ -2,10 +2,11 @@
 
 Design. The tokens of a window are rows that index arithmetic finds on the map: roll, padding, partition and their
 inverses cost a division by the window's width (a constant). A window of up to 64 tokens is one tile of 16, 32 or 64
-rows, and its logits never leave the chip; larger windows are cut into tiles of 64 in the forward pass, with an online
-softmax. A program walks over many windows of one head, so that the bias, spread out from its table to [rows, rows] by a
-small kernel before, is read once for all of them, and its gradient is summed on chip. The partial sums of the programs
-are added in a fixed order and folded into the table.
+rows, and its logits never leave the chip; larger windows are cut into tiles of 64, with an online softmax forward, and
+backward one kernel for the gradients of queries and one for those of keys and values. A program walks over many windows
+of one head, so that the bias, spread out from its table to [rows, rows] by a small kernel before, stays in reach, and
+sums the gradient of the bias over them. The partial sums of the programs are added in a fixed order and folded into the
+table.
 
 Rows behind the window's end are masked by minus infinity in the spread-out bias; tokens of padding have the key and
 value of padding. 7 x 7 windows fill 49 of 64 rows: 59 % of the products, which memory hides (24.5 operations a byte).
@@ -24,6 +25,8 @@ from torch import Tensor
 from subquad.ops import _triton
 from subquad.ops.window_attention._triton_kernels import (
     window_attention_bwd_kernel,
+    window_attention_bwd_kernel_keys,
+    window_attention_bwd_kernel_queries,
     window_attention_bwd_kernel_table,
     window_attention_fwd_kernel,
     window_attention_fwd_kernel_bias,
@@ -177,6 +180,7 @@ def _make_plan(call: WindowCall, config: Config) -> _Plan:
         "SIZE": block * blocks,
         "BS": 256,
         "BX": triton.next_power_of_2(window_w),
+        "BQ": triton.next_power_of_2(call.tokens),
         "KEY_MINUS_QUERY": call.key_minus_query,
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -256,20 +260,24 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
     grad_q, grad_k, grad_v = grad.parts
     ragged = plan.meta["RAGGED"]
     pairs = _partials(q, plan.programs, heads, *[call.tokens] * 2 if call.table is not None else (0,))
-    pad_k = _partials(q, plan.programs, heads, dim if ragged and call.pad_k is not None else 0)
-    pad_v = _partials(q, plan.programs, heads, values if ragged and call.pad_v is not None else 0)
+    partials = plan.programs * plan.blocks, heads
+    pad_k = _partials(q, *partials, dim if ragged and call.pad_k is not None else 0)
+    pad_v = _partials(q, *partials, values if ragged and call.pad_v is not None else 0)
     with torch.cuda.device_of(q):
-        bias = _spread_bias(call, plan, inputs)
-        plan.launch(
-            "gradients",
-            window_attention_bwd_kernel,
-            (heads, plan.programs, 1),
-            (
-                q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse, grad_o, grad_q, grad_k, grad_v, pairs, pad_k, pad_v,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(grad_q), *_strides(grad_v), *plan.sizes,
-            ),
-            plan.meta,
-        )  # fmt: skip
+        given = (q, k, v, _spread_bias(call, plan, inputs), inputs.pad_k, inputs.pad_v, o, lse, grad_o)
+        strides: tuple[int, ...] = (*_strides(q), *_strides(k), *_strides(v))
+        grid = (heads * plan.blocks, plan.programs, 1)
+        if plan.blocks == 1:
+            found: tuple[Tensor, ...] = (grad_q, grad_k, grad_v, pairs, pad_k, pad_v)
+            strides = (*strides, *_strides(grad_q), *_strides(grad_v), *plan.sizes)
+            plan.launch("gradients", window_attention_bwd_kernel, grid, (*given, *found, *strides), plan.meta)
+        else:
+            pairs.zero_()
+            arguments = (*given, grad_q, pairs, *strides, *_strides(grad_q), *plan.sizes)
+            plan.launch("queries", window_attention_bwd_kernel_queries, grid, arguments, plan.meta)
+            found = (grad_k, grad_v, pad_k, pad_v)
+            strides = (*strides, *_strides(grad_k), *_strides(grad_v), *plan.sizes)
+            plan.launch("keys", window_attention_bwd_kernel_keys, grid, (*given, *found, *strides), plan.meta)
         table = None
         if call.table is not None:
             table = call.table.new_empty(call.table.shape)

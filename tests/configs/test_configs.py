@@ -54,6 +54,11 @@ STATED = {
 UNSTATED = {
     *(f"{head}_ravlt-{size}" for head in ("retinanet", "mask-rcnn", "semantic-fpn") for size in SIZES),
     *(f"{head}_ravlt-{size}" for head in ("cascade-mask-rcnn", "upernet") for size in SIZES[1:]),
+    *(
+        f"{head}_biformer-{size}"
+        for head in ("mask-rcnn", "retinanet", "semantic-fpn", "upernet")
+        for size in SIZES[1:3]
+    ),
     *(f"{head}_agent-pvt-{size}" for head in ("retinanet", "mask-rcnn", "semantic-fpn") for size in PVT_SIZES),
 }
 _UNSTATED_FAMILIES = r"_(nat|dinat)-"  # in none of their tables
@@ -92,7 +97,7 @@ def test_config(name: str) -> None:
     from subquad.heads.openmmlab.checks import check_model
 
     text = configs.path(name).read_text()
-    assert len(text.splitlines()) <= 15
+    assert len(text.splitlines()) <= 16
     assert "::" not in text
     cfg = _config(name)
     assert cfg.custom_imports["imports"] == ["subquad.heads.openmmlab"]

@@ -66,8 +66,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "swin always": (lambda: _swin(img_size=24, always_partition=True), (24, 24), 4),
     "swin any size": (lambda: _swin(strict_img_size=False), (44, 72), 4),
     "swin without bias": (lambda: _swin(qkv_bias=False), (56, 56), 4),
-    "swin_v2": (_swin_v2, (56, 56), 4),
-    "swin_v2 without bias": (lambda: _swin_v2(qkv_bias=False), (56, 56), 4),
+    "swin_v2": (lambda: _swin_v2(img_size=64), (64, 64), 4),
+    "swin_v2 any size": (lambda: _swin_v2(strict_img_size=False), (44, 72), 4),
+    "swin_v2 without bias": (lambda: _swin_v2(qkv_bias=False, img_size=64), (64, 64), 4),
     "davit": (
         lambda: DaVit(depths=(1, 1), embed_dims=(8, 16), num_heads=(2, 2), window_size=4, num_classes=5),
         (40, 56),

@@ -49,6 +49,11 @@ SMALL = {
     "odd channels": Case((1, 6, 6, 2, 5), (3, 3), values=12),
     "packed": Case((2, 8, 9, 2, 8), (4, 5), packed=True, options={"shift": 2}),
     "one pixel": Case((1, 1, 1, 1, 1), (1, 1)),
+    "several tiles": Case((1, 9, 17, 2, 8), (9, 8), options={"shift": (4, 3)}),
+    "several tiles, padded first": Case((1, 13, 11, 1, 8), (12, 11), options={"shift": (3, 0), "order": "pad_roll"}),
+    "several tiles, hidden padding": Case(
+        (1, 5, 10, 1, 8), (9, 8), pad=False, options={"shift": 1, "hide_padding": True, "order": "pad_roll"}
+    ),
 }
 LARGE = {
     "swin stage 1": Case((4, 56, 56, 3, 32), packed=True),
@@ -58,6 +63,8 @@ LARGE = {
     "odd map, padded first": Case((2, 61, 45, 4, 32), options={"shift": 3, "order": "pad_roll"}),
     "8x8 of 64 channels": Case((2, 40, 48, 2, 64), (8, 8), options={"shift": 4}),
     "grid": Case((2, 28, 42, 4, 32), options={"grid": True}),
+    "swin of 384 px, shifted": Case((2, 48, 48, 4, 32), (12, 12), packed=True, options={"shift": 6}),
+    "16x16, odd map": Case((2, 45, 33, 4, 32), (16, 16), options={"shift": 8, "order": "pad_roll"}),
     "128 channels": Case((2, 14, 21, 2, 128), options={"shift": (0, 3)}),
 }
 
@@ -140,7 +147,7 @@ def test_what_the_kernels_do_not_serve_is_named(monkeypatch: pytest.MonkeyPatch)
     wide = {name: value.repeat(1, 1, 1, 1, 17) for name, value in arguments.items() if name in ("q", "k", "v")}
     plain = {name: arguments[name] for name in ("q", "k", "v")}
     for changed, reason in (
-        (plain | {"window": (9, 8)}, "windows of 72 tokens"),
+        (plain | {"window": (19, 14)}, "windows of 266 tokens"),
         (wide | {"window": 7}, "heads of 136 channels"),
         ({name: value.double() for name, value in plain.items()} | {"window": 7}, "float64"),
         ({name: value[:0] for name, value in plain.items()} | {"window": 7}, "empty batch"),

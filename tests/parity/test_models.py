@@ -106,7 +106,8 @@ def _stage_maps(model: Any, image: Tensor, recorded: Any, norms: dict[int, dict[
     maps = {f"stage{i}_norm" if f"out/stage{i}_norm" in recorded else f"stage{i}": x for i, x in enumerate(stages)}
     for i, norm in norms.items():
         tokens = stages[i].permute(0, 2, 3, 1)
-        normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=1e-5)
+        eps = getattr(model, "out_norm_eps", 1e-5)
+        normed = F.layer_norm(tokens, tokens.shape[-1:], norm["weight"], norm["bias"], eps=eps)
         maps[f"det{i}"] = maps[f"normed{i}"] = normed.permute(0, 3, 1, 2)
     return maps
 
