@@ -7,6 +7,7 @@ reason, never a silent fallback.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +18,22 @@ _ENVIRONMENT_VARIABLE = "SUBQUAD_BACKEND"
 _override: str | None = None
 
 
+def _serves_everything(call: Any) -> str | None:
+    return None
+
+
 class Implementation(NamedTuple):
     """One way to compute an op.
 
     Attributes:
-        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"``, ``"reference"``, or a short cut of one op.
+        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"`` or ``"reference"``.
+        module: where it is, imported on first use: triton is optional.
         why_not: given the op's canonical call, the reason why it cannot serve it, or None if it can.
-        load: returns the module with the implementation (imported on first use: triton is optional).
     """
 
     name: str
-    why_not: Callable[[Any], str | None]
-    load: Callable[[], Any]
+    module: str
+    why_not: Callable[[Any], str | None] = _serves_everything
 
 
 class _Op(NamedTuple):
@@ -58,7 +63,7 @@ class Explanation(NamedTuple):
 _ops: dict[str, _Op] = {}
 
 
-def register(op: str, prepare: Callable[..., Any], implementations: tuple[Implementation, ...]) -> None:
+def register(op: str, prepare: Callable[..., Any], *implementations: Implementation) -> None:
     """Enter an op: ``prepare`` turns the public arguments into the canonical call that implementations judge."""
     _ops[op] = _Op(prepare, implementations)
 
@@ -103,7 +108,7 @@ def choose(op: str, call: Any) -> Any:
     if implementation is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.passed_over.items())
         raise ValueError(f"{op}: no implementation can serve this call ({reasons})")
-    return implementation.load()
+    return importlib.import_module(implementation.module)
 
 
 def choose_inside(op: str, call: Any) -> Any:

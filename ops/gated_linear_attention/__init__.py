@@ -128,19 +128,9 @@ _CALL_SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor gates, float? gate_normaliz
 """The fields of GatedCall, in order."""
 
 
-def _implementation(call: GatedCall) -> Any:
-    implementation = _dispatch.choose(_OP, call)
-    if implementation is reference:
-        raise ValueError(
-            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
-            "so not in scripted models nor for the gradients of what another implementation computed"
-        )
-    return implementation
-
-
 def _forward(*args: Any) -> Tensor:
     call = GatedCall(*args)
-    return _implementation(call).forward(call)
+    return _dispatch.choose_inside(_OP, call).forward(call)
 
 
 def _forward_fake(*args: Any) -> Tensor:
@@ -150,7 +140,7 @@ def _forward_fake(*args: Any) -> Tensor:
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = GatedCall(*args)
-    return _implementation(call).backward(call, grad)
+    return _dispatch.choose_inside(_OP, call).backward(call, grad)
 
 
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -214,24 +204,10 @@ def _why_not_triton(call: GatedCall) -> str | None:
     return None
 
 
-def _load_triton() -> Any:
-    from subquad.ops.gated_linear_attention import triton_impl
-
-    return triton_impl
-
-
-def _load_torch() -> Any:
-    from subquad.ops.gated_linear_attention import torch_impl
-
-    return torch_impl
-
-
 _dispatch.register(
     _OP,
     prepare,
-    (
-        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
-        _dispatch.Implementation("torch", lambda call: None, _load_torch),
-        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-    ),
+    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
+    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
+    _dispatch.Implementation("reference", f"{__name__}.reference"),
 )

@@ -222,20 +222,10 @@ _CALL_SCHEMA = (
 _STATISTICS_SCHEMA = "Tensor state, Tensor key_mean, Tensor value_mean, Tensor query_mean, Tensor log_sum"
 
 
-def _implementation(call: AttentionCall) -> Any:
-    implementation = _dispatch.choose(_OP, call)
-    if implementation is reference:
-        raise ValueError(
-            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
-            "so not in scripted models nor for the gradients of what another implementation computed"
-        )
-    return implementation
-
-
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     call = AttentionCall(*args)
     _check_features(call)
-    o, statistics = _implementation(call).forward(call)
+    o, statistics = _dispatch.choose_inside(_OP, call).forward(call)
     return o, *statistics
 
 
@@ -246,7 +236,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward(grad_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
     statistics, call = Statistics(*args[:5]), AttentionCall(*args[5:])
-    grads = _implementation(call).backward(call, statistics, grad_o)
+    grads = _dispatch.choose_inside(_OP, call).backward(call, statistics, grad_o)
     return tuple(call.v.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -325,24 +315,10 @@ def _why_not_triton(call: AttentionCall) -> str | None:
     return None
 
 
-def _load_triton() -> Any:
-    from subquad.ops.linear_attention import triton_impl
-
-    return triton_impl
-
-
-def _load_torch() -> Any:
-    from subquad.ops.linear_attention import torch_impl
-
-    return torch_impl
-
-
 _dispatch.register(
     _OP,
     prepare,
-    (
-        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
-        _dispatch.Implementation("torch", lambda call: None, _load_torch),
-        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-    ),
+    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
+    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
+    _dispatch.Implementation("reference", f"{__name__}.reference"),
 )

@@ -229,36 +229,18 @@ def _why_not_triton(call: NeighborhoodCall) -> str | None:
     return f"the kernels serve heads of at most {most} channels, got {channels}" if channels > most else None
 
 
-def _load_triton() -> Any:
-    from subquad.ops.neighborhood_attention import triton_impl
-
-    return triton_impl
-
-
 def _why_not_sdpa(call: NeighborhoodCall) -> str | None:
-    return _load_sdpa().why_not(call)
-
-
-def _load_sdpa() -> Any:
     from subquad.ops.neighborhood_attention import sdpa_impl
 
-    return sdpa_impl
-
-
-def _load_torch() -> Any:
-    from subquad.ops.neighborhood_attention import torch_impl
-
-    return torch_impl
+    return sdpa_impl.why_not(call)
 
 
 for _axes in (1, 2, 3):
     _dispatch.register(
         f"na{_axes}d",
         partial(prepare, _axes),
-        (
-            _dispatch.Implementation("triton", _why_not_triton, _load_triton),
-            _dispatch.Implementation("sdpa", _why_not_sdpa, _load_sdpa),
-            _dispatch.Implementation("torch", lambda call: None, _load_torch),
-            _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-        ),
+        _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
+        _dispatch.Implementation("sdpa", f"{__name__}.sdpa_impl", _why_not_sdpa),
+        _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
+        _dispatch.Implementation("reference", f"{__name__}.reference"),
     )

@@ -250,10 +250,7 @@ _define(_AV, _AV_SCHEMA, 3, _av, _av_fake, _av_backward)
 # Implementations -------------------------------------------------------------------------------------------------
 
 
-def _load_torch() -> Any:
-    from subquad.ops.neighborhood_attention import torch_impl
-
-    return torch_impl
+_PACKAGE = "subquad.ops.neighborhood_attention"
 
 
 def _no_kernels(call: NeighborhoodCall) -> str:
@@ -265,9 +262,7 @@ for _axes in (1, 2, 3):
         _dispatch.register(
             f"na{_axes}d_{_form}",
             partial(_prepare, _axes),
-            (
-                _dispatch.Implementation("triton", _no_kernels, lambda: None),
-                _dispatch.Implementation("torch", lambda call: None, _load_torch),
-                _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-            ),
+            _dispatch.Implementation("triton", "", _no_kernels),
+            _dispatch.Implementation("torch", f"{_PACKAGE}.torch_impl"),
+            _dispatch.Implementation("reference", f"{_PACKAGE}.reference"),
         )

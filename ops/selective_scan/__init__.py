@@ -253,19 +253,9 @@ _CALL_SCHEMA = (
 """The fields of ScanCall, in order."""
 
 
-def _implementation(call: ScanCall) -> Any:
-    implementation = _dispatch.choose(_OP, call)
-    if implementation is reference:
-        raise ValueError(
-            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
-            "so not in scripted models nor for the gradients of what another implementation computed"
-        )
-    return implementation
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = ScanCall(*args)
-    return _implementation(call).forward(call)
+    return _dispatch.choose_inside(_OP, call).forward(call)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -279,7 +269,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = ScanCall(*args)
-    grads = _implementation(call).backward(call, states, grad_y, grad_last_state)
+    grads = _dispatch.choose_inside(_OP, call).backward(call, states, grad_y, grad_last_state)
     return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -354,18 +344,6 @@ def _why_not_triton(call: ScanCall) -> str | None:
     return None
 
 
-def _load_triton() -> Any:
-    from subquad.ops.selective_scan import triton_impl
-
-    return triton_impl
-
-
-def _load_torch() -> Any:
-    from subquad.ops.selective_scan import torch_impl
-
-    return torch_impl
-
-
 def _prepare_call(*args: Any, return_last_state: bool = False, **kwargs: Any) -> ScanCall:
     """Arguments of the public function; the last state is always computed."""
     return prepare(*args, **kwargs)
@@ -374,9 +352,7 @@ def _prepare_call(*args: Any, return_last_state: bool = False, **kwargs: Any) ->
 _dispatch.register(
     _OP,
     _prepare_call,
-    (
-        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
-        _dispatch.Implementation("torch", lambda call: None, _load_torch),
-        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-    ),
+    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
+    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
+    _dispatch.Implementation("reference", f"{__name__}.reference"),
 )

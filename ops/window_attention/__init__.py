@@ -248,19 +248,9 @@ _CALL_SCHEMA = (
 _TENSORS = 6
 
 
-def _implementation(call: WindowCall) -> Any:
-    implementation = _dispatch.choose(_OP, call)
-    if implementation is reference:
-        raise ValueError(
-            f"{_OP}: the reference is not an operator: it runs and is differentiated through subquad.ops.{_OP}, "
-            "so not in scripted models nor for the gradients of what another implementation computed"
-        )
-    return implementation
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = WindowCall(*args)
-    return _implementation(call).forward(call)
+    return _dispatch.choose_inside(_OP, call).forward(call)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -271,7 +261,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = WindowCall(*args)
-    grads = _implementation(call).backward(call, grad_o, o, lse)
+    grads = _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
     return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -347,26 +337,12 @@ def _why_not_triton(call: WindowCall) -> str | None:
     return None
 
 
-def _load_triton() -> Any:
-    from subquad.ops.window_attention import triton_impl
-
-    return triton_impl
-
-
-def _load_torch() -> Any:
-    from subquad.ops.window_attention import torch_impl
-
-    return torch_impl
-
-
 _dispatch.register(
     _OP,
     prepare,
-    (
-        _dispatch.Implementation("triton", _why_not_triton, _load_triton),
-        _dispatch.Implementation("torch", lambda call: None, _load_torch),
-        _dispatch.Implementation("reference", lambda call: None, lambda: reference),
-    ),
+    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
+    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
+    _dispatch.Implementation("reference", f"{__name__}.reference"),
 )
 
 
