@@ -31,8 +31,6 @@ from torch import Tensor
 from subquad.ops import _triton
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
-    selective_scan_bwd_kernel_parameters,
-    selective_scan_bwd_kernel_rows,
     selective_scan_bwd_kernel_states,
 )
 from subquad.ops.selective_scan._triton_forward import (
@@ -49,6 +47,10 @@ from subquad.ops.selective_scan._triton_plan import (
     kernel_inputs,
     pack_routes,
     plan_for,
+)
+from subquad.ops.selective_scan._triton_sums import (
+    selective_scan_bwd_kernel_parameters,
+    selective_scan_bwd_kernel_rows,
 )
 from subquad.ops.selective_scan.call import Gradients, ScanCall
 
