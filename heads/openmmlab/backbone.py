@@ -187,8 +187,8 @@ class SubquadBackbone(BaseModule):
         """
         if not hasattr(self.net, "group_matcher"):
             raise ValueError(
-                f"{self.model_name!r} has no group_matcher, which says which layer a parameter belongs to: frozen_stages"
-                " and SubquadLayerDecay need it"
+                f"{self.model_name!r} has no group_matcher, which says to which layer a parameter belongs:"
+                " frozen_stages and SubquadLayerDecay need it"
             )
         return group_parameters(self.net, self.net.group_matcher(coarse=coarse), reverse=True)
 

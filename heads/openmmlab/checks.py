@@ -30,7 +30,7 @@ class SubquadChecks(Hook):
             # Not the properties: they would build the loops that this run does without.
             for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
                 if hasattr(loop, "dataloader"):
-                    check_dataset(loop.dataloader.dataset)
+                    check_dataset(loop.dataloader.dataset, annotated=not _only_writes(loop))
 
 
 # The model -----------------------------------------------------------------------------------------------------
@@ -110,10 +110,11 @@ def _as_list(value: Any) -> list[Any]:
 # The data ------------------------------------------------------------------------------------------------------
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any, annotated: bool = True) -> None:
     """Raise an error that names the files if a data set of mmdet or mmseg cannot be read to its end.
 
     Folders are listed once, instead of asking for each file; files that are not on a disk are left to their reader.
+    With ``annotated``, data sets of a detector must hold an object.
 
     Raises:
         ValueError: no images with annotations, an object without the mask that the pipeline loads, or an empty file.
@@ -123,7 +124,8 @@ def check_dataset(dataset: Any) -> None:
         part.full_init()
         where = getattr(part, "ann_file", None) or part.data_prefix
         infos = [part.get_data_info(i) for i in range(len(part))]
-        if not infos:
+        # Data of segmentors has label maps instead of instances.
+        if not infos or (annotated and not any(info.get("instances", True) for info in infos)):
             raise ValueError(f"no images with annotations in {where!r}: is it empty, or of other classes?")
         if any(getattr(step, "with_mask", False) for step in part.pipeline.transforms):
             bare = [i["img_path"] for i in infos if any("mask" not in each for each in i.get("instances", ()))]
@@ -131,6 +133,12 @@ def check_dataset(dataset: Any) -> None:
                 raise ValueError(f"{where!r} has annotations without a mask: {_some(bare)}")
         paths = [info[key] for info in infos for key in ("img_path", "seg_map_path") if info.get(key)]
         _check_files(paths, where)
+
+
+def _only_writes(loop: Any) -> bool:
+    """Whether a test only writes predictions down, for images without annotations such as COCO's test-dev."""
+    metrics = getattr(getattr(loop, "evaluator", None), "metrics", [])
+    return bool(metrics) and all(getattr(metric, "format_only", False) for metric in metrics)
 
 
 def _parts(dataset: Any) -> Iterator[Any]:

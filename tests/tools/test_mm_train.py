@@ -145,7 +145,9 @@ def test_shipped_config_by_name(tmp_path: Path) -> None:
     name = "mmseg/vmamba/upernet_vmamba-tiny_160k_ade20k-512.py"
     common: dict[str, Any] = {"smoke": True, "iterations": 1, "cfg_options": small}
     summary = mm_train.run(Options(name, work_dir=tmp_path / "run", **common))
-    tested = mm_train.run(Options(name, work_dir=tmp_path / "test", test=tmp_path / "run" / "iter_1.pth", **common))
+    tested = mm_train.run(
+        Options(name, work_dir=tmp_path / "test", test=str(tmp_path / "run" / "iter_1.pth"), **common)
+    )
     assert tested.metrics["mIoU"] == pytest.approx(summary.metrics["mIoU"])
     record = json.loads((tmp_path / "run" / "smoke.json").read_text())
     assert record["losses"] == summary.losses
@@ -190,10 +192,13 @@ def test_options_change_the_config(tmp_path: Path) -> None:
     assert [hook["type"] for hook in cfg.custom_hooks] == ["EMAHook", "SubquadChecks"]
     assert cfg.resume and cfg.work_dir == "work_dirs/mask-rcnn"
     assert not cfg.model.backbone.pretrained and mm_train.load(Options(str(config))).model.backbone.pretrained
-    cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from=Path("w.pth")))
+    cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from="w.pth"))
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype, cfg.load_from) == ("AmpOptimWrapper", "bfloat16", "w.pth")
     assert cfg.optim_wrapper.optimizer.lr == 1e-4
     assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "FSDPStrategy")
+    url = "https://example.com/a/b.pth"
+    mm_train._check(Options(str(config), load_from=url))
+    assert mm_train.load(Options(str(config), load_from=url)).load_from == url
 
 
 # Bad input
@@ -208,8 +213,8 @@ def _broken_model(**changes: Any) -> Callable[[Path], Options]:
     return options
 
 
-def _broken_data(change: Callable[[Path], None]) -> Callable[[Path], Options]:
-    """Train on made data that ``change(folder)`` has spoilt."""
+def _broken_data(change: Callable[[Path], None], more: str = "") -> Callable[[Path], Options]:
+    """Train on made data that ``change(folder)`` has spoilt; ``more`` goes into the config."""
 
     def options(folder: Path) -> Options:
         from mmdet.datasets import CocoDataset
@@ -219,16 +224,16 @@ def _broken_data(change: Callable[[Path], None]) -> Callable[[Path], Options]:
         loader += "ann_file='annotations.json', data_prefix=dict(img='images')))"
         lines = [f"{mode}_dataloader = {loader}" for mode in ("train", "val", "test")]
         lines += [f"{mode}_evaluator = dict(ann_file='{annotations}')" for mode in ("val", "test")]
-        lines.append("model['backbone']['pretrained'] = False")
+        lines += ["model['backbone']['pretrained'] = False", more]
         change(folder)
         return Options(str(_write_config(folder, "mask-rcnn", "\n".join(lines))), work_dir=folder / "run")
 
     return options
 
 
-def _empty_list(folder: Path) -> None:
-    path = folder / "annotations.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+def _empty_list(folder: Path, name: str = "annotations.json") -> None:
+    content = json.loads((folder / "annotations.json").read_text())
+    (folder / name).write_text(json.dumps(content | {"annotations": []}))
 
 
 BAD = {
@@ -252,6 +257,16 @@ BAD = {
         "not JSON",
     ),
     "no annotations": (_broken_data(_empty_list), ValueError, r"no images with annotations .*annotations\.json"),
+    "no annotations, unfiltered": (
+        _broken_data(_empty_list, "train_dataloader['dataset']['filter_cfg'] = None"),
+        ValueError,
+        r"no images with annotations .*annotations\.json",
+    ),
+    "no annotations to validate with": (
+        _broken_data(lambda f: _empty_list(f, "val.json"), "val_dataloader['dataset']['ann_file'] = 'val.json'"),
+        ValueError,
+        r"no images with annotations .*val\.json",
+    ),
 }
 
 
@@ -270,9 +285,53 @@ def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}}, tmp_path / "c.pth")
     config = str(_write_config(tmp_path, "retinanet"))
     for how in ("load_from", "test"):
-        options: dict[str, Any] = {how: tmp_path / "c.pth"}
+        options: dict[str, Any] = {how: str(tmp_path / "c.pth")}
         with pytest.raises(ValueError, match=r"under 'backbone\.' do not fit test_vmamba:\nmissing"):
             mm_train.run(Options(config, work_dir=tmp_path / how, smoke=True, **options))
+
+
+@pytest.fixture
+def sharded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Options for FSDP in one process, by gloo; mmengine itself starts it on GPUs only."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    load = mm_train.load
+
+    def load_for_cpu(options: Options) -> Any:
+        cfg = load(options)
+        if options.strategy == "fsdp":
+            cfg.strategy.model_wrapper.device_id = "cpu"
+        return cfg
+
+    monkeypatch.setattr(mm_train, "load", load_for_cpu)
+    backend = ("env_cfg.dist_cfg.backend=gloo",)
+    yield {"strategy": "fsdp", "launcher": "pytorch", "smoke": True, "iterations": 1, "cfg_options": backend}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that sees a GPU shards on it")
+def test_checkpoints_of_sharded_runs(
+    trained: Callable[[str], tuple[Path, mm_train.Summary]], sharded_on_cpu: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are loaded as those of others, and as they were trained; and refused, where FSDP would take what fits."""
+    config, summary = trained("retinanet")
+    weights = config.parent / "run" / "iter_2.pth"
+    options: dict[str, Any] = {"work_dir": tmp_path, **sharded_on_cpu}
+    tested = mm_train.run(Options(str(config), test=str(weights), **options))
+    for name, value in summary.metrics.items():
+        assert tested.metrics[name] == pytest.approx(value), name
+    started = mm_train.run(Options(str(config), load_from=str(weights), **options))
+    assert np.isfinite(started.losses).all()
+
+    torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}}, tmp_path / "iter_1.pth")
+    how: dict[str, Any]
+    for how in ({"load_from": str(tmp_path / "iter_1.pth")}, {"test": str(tmp_path / "iter_1.pth")}, {"resume": True}):
+        (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))
+        with pytest.raises(ValueError, match=r"under 'backbone\.' do not fit test_vmamba:\nmissing"):
+            mm_train.run(Options(str(config), **options | how))
 
 
 def test_bad_options(tmp_path: Path) -> None:
@@ -280,11 +339,11 @@ def test_bad_options(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config 'mmdet/vmamba/mask-rcnn_tiny'; did you mean mmdet/"):
         mm_train.run(Options("mmdet/vmamba/mask-rcnn_tiny"))
     with pytest.raises(FileNotFoundError, match=r"checkpoint 'absent\.pth' does not exist"):
-        mm_train.run(Options(config, test=Path("absent.pth")))
+        mm_train.run(Options(config, test="absent.pth"))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         mm_train.run(Options(config, smoke=True, iterations=0))
     with pytest.raises(ValueError, match="resume, load_from and test exclude each other"):
-        mm_train.run(Options(config, resume=True, load_from=Path(config)))
+        mm_train.run(Options(config, resume=True, load_from=config))
     with pytest.raises(ValueError, match="full_size and iterations go with smoke"):
         mm_train.run(Options(config, iterations=50))
     with pytest.raises(FileNotFoundError, match="nothing to resume in"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from subquad import configs
-from subquad.heads.openmmlab.checks import check_dataset, check_model
+from subquad.heads.openmmlab.checks import SubquadChecks, check_dataset, check_model
 from subquad.tools.mm_index import build
 from subquad.tools.openmmlab import smoke
 
@@ -166,6 +168,29 @@ def test_empty_annotations(coco: Path) -> None:
     _edit(coco, lambda content: content.update(annotations=[]))
     with pytest.raises(ValueError, match=r"no images with annotations in '.*annotations\.json'"):
         check_dataset(_coco(coco, serialize_data=False, filter_cfg={"filter_empty_gt": True}))
+
+
+@pytest.mark.parametrize("options", [{"test_mode": True}, {"filter_cfg": None}], ids=str)
+def test_images_without_any_object(options: dict[str, Any], coco: Path) -> None:
+    """They are all kept in validation, and in training without a filter."""
+    _edit(coco, lambda content: content.update(annotations=content["annotations"][:1]))
+    check_dataset(_coco(coco, **options))
+    _edit(coco, lambda content: content.update(annotations=[]))
+    with pytest.raises(ValueError, match=r"no images with annotations in '.*annotations\.json'"):
+        check_dataset(_coco(coco, **options))
+    check_dataset(_coco(coco, **options), annotated=False)
+
+
+@pytest.mark.parametrize("format_only", [False, True])
+def test_test_that_only_writes_predictions(format_only: bool, coco: Path) -> None:
+    """Images without annotations, as COCO's test-dev."""
+    _edit(coco, lambda content: content.update(annotations=[]))
+    metric = SimpleNamespace(format_only=format_only)
+    dataset = _coco(coco, test_mode=True)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset), evaluator=SimpleNamespace(metrics=[metric]))
+    runner = SimpleNamespace(model=nn.Module(), _train_loop=None, _val_loop=None, _test_loop=loop)
+    with nullcontext() if format_only else pytest.raises(ValueError, match="no images with annotations"):
+        SubquadChecks().before_run(runner)
 
 
 def test_annotation_without_a_mask(coco: Path) -> None:
