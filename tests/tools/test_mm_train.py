@@ -175,6 +175,23 @@ def test_smoke_data_is_made_once(tmp_path: Path) -> None:
     assert len(made) == 1 and [path.name for path in tmp_path.rglob("*")] == ["data", "theirs"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("retinanet", "model['bbox_head'] = dict(num_classes=1)"),
+        ("semantic-fpn", "model['decode_head'] = dict(num_classes=2)"),
+        ("semantic-fpn", "model['decode_head'] = dict(num_classes=1, out_channels=1, threshold=0.3)"),
+    ],
+)
+def test_smoke_of_few_classes(kind: str, change: str, tmp_path: Path) -> None:
+    """And of several data sets."""
+    wrapper = "train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[{{_base_.%s}}]))"
+    change += "\n" + wrapper % "train_dataloader.dataset"
+    config = _write_config(tmp_path, kind, change)
+    losses = mm_train.run(Options(str(config), work_dir=tmp_path, smoke=True, iterations=1)).losses
+    assert len(losses) == 1 and np.isfinite(losses).all()
+
+
 def test_smoke_needs_data_to_replace(tmp_path: Path) -> None:
     config = tmp_path / "own.py"
     config.write_text("default_scope = 'mmpose'\nmodel = dict()")
@@ -372,6 +389,17 @@ def test_scripts_of_the_libraries_run_through_the_launcher(
     assert float(found[-1]) == pytest.approx(summary.metrics["coco/bbox_mAP"], abs=1e-4)  # printed with four digits
 
 
+def test_scripts_find_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_the_script.py").write_text("value = 7")
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\nimport beside_the_script\nPath(__file__).with_name('out').write_text('7')"
+    )
+    monkeypatch.setattr(sys, "argv", ["mm_run"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    mm_run.run([str(tmp_path / "own.py")])
+    assert (tmp_path / "out").is_file()
+
+
 def test_launcher_finds_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mm_run.find("mmseg/tools/train.py").is_file()
     own = tmp_path / "own.py"
@@ -379,6 +407,7 @@ def test_launcher_finds_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     seen: list[Any] = []
     monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, sys.argv)))
     monkeypatch.setattr(sys, "argv", ["mm_run"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     mm_run.run([str(own), "--work-dir", "w"])
     assert seen == [(str(own), "__main__", [str(own), "--work-dir", "w"])]
     with pytest.raises(FileNotFoundError, match=r"no script 'mmdet/tools/absent\.py'"):
