@@ -20,12 +20,19 @@ _SHOWN = 5
 
 @HOOKS.register_module()
 class SubquadChecks(Hook):
-    """Checks the model and the data before a run starts; see ``check_model`` and ``check_dataset``."""
+    """Checks the model and the data before a run starts; see ``check_model`` and ``check_dataset``.
+
+    Args:
+        model: False leaves the model out, for necks that read their maps in another way than by ``in_channels``.
+    """
+
+    def __init__(self, model: bool = True) -> None:
+        self.model = model
 
     def before_run(self, runner: Any) -> None:
         """Called by the Runner before weights are loaded and before the first iteration."""
-        model = getattr(runner.model, "module", runner.model)
-        check_model(model)
+        if self.model:
+            check_model(getattr(runner.model, "module", runner.model))
         if is_main_process():  # the others would only ask the same files again
             # Not the properties: they would build the loops that this run does without.
             for loop in (runner._train_loop, runner._val_loop, runner._test_loop):

@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, init_default_scope
 
 from subquad import configs
 from subquad.heads.openmmlab.checks import SubquadChecks, check_dataset, check_model
@@ -104,6 +104,14 @@ def test_pyramid_of_an_isotropic_model() -> None:
         "model__roi_head__mask_roi_extractor__featmap_strides": strides[:4],
     }
     check_model(_model(MASK_RCNN, model__neck=neck, **options, **fitting))
+
+
+def test_checks_of_the_model_can_be_left_out() -> None:
+    model = _model(MASK_RCNN, model__neck__in_channels=[96, 192, 384, 768])
+    runner = SimpleNamespace(model=model, _train_loop=None, _val_loop=None, _test_loop=None)
+    HOOKS.build({"type": "SubquadChecks", "model": False}).before_run(runner)
+    with pytest.raises(ValueError, match="set neck.in_channels"):
+        HOOKS.build({"type": "SubquadChecks"}).before_run(runner)
 
 
 def test_other_backbones_are_left_alone() -> None:
