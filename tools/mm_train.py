@@ -100,7 +100,7 @@ def run(options: Options) -> Summary:
     _check_annotation_files(datasets)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if options.strategy == "fsdp":
-        _load_before_sharding(runner)
+        _prepare_before_sharding(runner)
     memory = smoke.peak_memory_hook()
     runner.register_hook(memory)
     with _named_data_errors(datasets):
@@ -146,15 +146,19 @@ def load(options: Options) -> Any:
     return cfg
 
 
-def _load_before_sharding(runner: Any) -> None:
-    """Load weights while the model is whole: FSDP would drop those that do not fit, and those of other names."""
+def _prepare_before_sharding(runner: Any) -> None:
+    """Check the model, and load weights, while it is whole: FSDP would drop those that do not fit."""
     from mmengine.runner import find_latest_checkpoint
     from mmengine.runner.checkpoint import load_checkpoint
 
+    from subquad.heads.openmmlab.checks import SubquadChecks, check_model
+
+    runner.model = runner.strategy.build_model(runner.model)
+    if any(isinstance(hook, SubquadChecks) and hook.model for hook in runner.hooks):
+        check_model(runner.model)
     path = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
     if path is None:
         return
-    runner.model = runner.strategy.build_model(runner.model)
     runner.model.init_weights()  # here, because it does nothing when FlexibleRunner calls it again
     load_checkpoint(runner.model, path, map_location="cpu")
     if not runner._resume:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
+from torch.func import functional_call
 
-from subquad.heads.openmmlab.backbone import SubquadBackbone
-from subquad.heads.openmmlab.neck import SimpleFeaturePyramid
+from subquad.heads.openmmlab.backbone import SubquadBackbone, is_sharded
 
 _SHOWN = 5
+_LEVELS = 128  # of the image's side to the largest stride, so that necks can halve the last map seven times
 
 
 @HOOKS.register_module()
@@ -23,7 +26,7 @@ class SubquadChecks(Hook):
     """Checks the model and the data before a run starts; see ``check_model`` and ``check_dataset``.
 
     Args:
-        model: False leaves the model out, for necks that read their maps in another way than by ``in_channels``.
+        model: False leaves the model out, for one that the checks refuse although it works.
     """
 
     def __init__(self, model: bool = True) -> None:
@@ -50,15 +53,14 @@ def check_model(model: nn.Module) -> None:
         return
     neck = getattr(model, "neck", None)
     if neck is not None:
-        neck = neck[0] if isinstance(neck, nn.Sequential) else neck
-        _check_channels("neck", neck, backbone, range(len(backbone.channels)))
+        strides = _strides_behind(neck, backbone)
     else:
+        strides = list(backbone.strides)
         for name in ("decode_head", "auxiliary_head"):
             for head in _as_list(getattr(model, name, None)):
                 _check_channels(name, head, backbone, _as_list(head.in_index))
-    strides = _strides_of_maps(backbone, neck)
     for name, expected in _expected_strides(model):
-        if list(expected) != strides[: len(expected)]:
+        if strides and list(expected) != strides[: len(expected)]:
             raise ValueError(
                 f"{name} expects maps of strides {list(expected)}, {backbone.model_name} with out_indices"
                 f" {backbone.out_indices} and this neck gives {strides}"
@@ -72,8 +74,6 @@ def _check_channels(name: str, part: Any, backbone: SubquadBackbone, index: Sequ
         raise ValueError(f"in_index {list(index)} of {name}: the backbone returns {len(backbone.channels)} maps")
     given = [backbone.channels[i] for i in index]
     wanted = _as_list(part.in_channels)
-    if isinstance(part, SimpleFeaturePyramid):
-        given = given[-1:]
     if getattr(part, "input_transform", None) == "resize_concat":  # mmseg's heads then hold the sum
         given, wanted = [sum(given)], [sum(wanted)]
     if given != wanted:
@@ -83,15 +83,34 @@ def _check_channels(name: str, part: Any, backbone: SubquadBackbone, index: Sequ
         )
 
 
-def _strides_of_maps(backbone: SubquadBackbone, neck: Any) -> list[int]:
-    """Of the maps behind the neck, with further ones doubling."""
-    strides = list(backbone.strides)
-    if isinstance(neck, SimpleFeaturePyramid):
-        strides = [int(strides[-1] / scale) for scale in neck.scales]
-    strides = strides[getattr(neck, "start_level", 0) :]
-    while len(strides) < 8:
-        strides.append(2 * strides[-1])
-    return strides
+def _strides_behind(neck: Any, backbone: SubquadBackbone) -> list[int]:
+    """Strides of the neck's maps, which it makes of the backbone's on the meta device; none if it cannot run there."""
+    if is_sharded(backbone):  # mm_train checks before
+        return []
+    side = _LEVELS * math.lcm(*backbone.strides)
+    maps = [
+        torch.empty(1, channels, side // stride, side // stride, device="meta")
+        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
+    ]
+    tensors = dict(neck.named_parameters()) | dict(neck.named_buffers())
+    state = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
+    modes = {module: module.training for module in neck.modules()}
+    try:
+        with torch.no_grad():
+            found = functional_call(neck.eval(), state, (tuple(maps),))
+    except (NotImplementedError, TypeError):  # an operator for data on a device, or a neck that takes more than maps
+        return []
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        first = neck[0] if isinstance(neck, nn.Sequential) else neck
+        wanted = f"takes {_as_list(first.in_channels)}" if hasattr(first, "in_channels") else "takes other"
+        raise ValueError(
+            f"neck ({type(first).__name__}) {wanted} channels, {backbone.model_name} with out_indices"
+            f" {backbone.out_indices} gives {list(backbone.channels)}: set neck.in_channels ({error})"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return [side // y.shape[-1] for y in ([found] if isinstance(found, torch.Tensor) else found)]
 
 
 def _expected_strides(model: Any) -> Iterator[tuple[str, Sequence[int]]]:

@@ -143,7 +143,7 @@ def test_every_published_size_has_a_config() -> None:
 )
 def test_examples_of_albumentations(name: str) -> None:
     """The config of the same name with other transforms in training, and nothing else."""
-    plain, albu = (_config(f"{name}{end}.py").to_dict() for end in ("", "-albu"))
+    plain, albu = (_config.__wrapped__(f"{name}{end}.py").to_dict() for end in ("", "-albu"))
     del plain["published"], albu["published"]
     steps = []
     for cfg in (plain, albu):

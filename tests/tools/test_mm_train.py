@@ -349,6 +349,9 @@ def test_checkpoints_of_sharded_runs(
         (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))
         with pytest.raises(ValueError, match=r"under 'backbone\.' do not fit test_vmamba:\nmissing"):
             mm_train.run(Options(str(config), **options | how))
+    options["cfg_options"] += ("model.neck.in_channels=96,192,384",)
+    with pytest.raises(ValueError, match=r"neck \(FPN\) takes \[96, 192, 384\]"):
+        mm_train.run(Options(str(config), **options))
 
 
 def test_bad_options(tmp_path: Path) -> None:

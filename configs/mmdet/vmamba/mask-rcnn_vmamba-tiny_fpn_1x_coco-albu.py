@@ -6,7 +6,7 @@ _base_ = [
     "../_base_/schedules/adamw_1x.py",
     "../_base_/runtime.py",
 ]
-published = dict()
+published: dict[str, float] = {}
 model = dict(
     backbone=dict(model_name="vmamba_tiny", drop_path_rate=0.2),
     neck=dict(in_channels=[96, 192, 384, 768]),

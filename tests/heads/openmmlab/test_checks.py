@@ -37,6 +37,17 @@ MASK_RCNN = "mmdet/_base_/models/mask-rcnn_fpn"
 RETINANET = "mmdet/_base_/models/retinanet_fpn"
 UPERNET = "mmseg/_base_/models/upernet"
 SEMANTIC_FPN = "mmseg/_base_/models/semantic-fpn"
+# A neck that reads its maps, and gives them, from the last to the first.
+REVERSED: dict[str, Any] = {
+    "model__neck": {
+        "_delete_": True,
+        "type": "YOLOV3Neck",
+        "num_scales": 3,
+        "in_channels": CHANNELS[:0:-1],
+        "out_channels": [8, 8, 8],
+    },
+    "model__bbox_head__anchor_generator__strides": [32, 16, 8],
+}
 HEADS = {"model__decode_head__in_channels": CHANNELS, "model__auxiliary_head__in_channels": 32}
 
 
@@ -55,6 +66,7 @@ HEADS = {"model__decode_head__in_channels": CHANNELS, "model__auxiliary_head__in
         ),
         (UPERNET, HEADS),
         (SEMANTIC_FPN, {"model__neck__in_channels": CHANNELS}),
+        (RETINANET, REVERSED),
     ],
 )
 def test_parts_that_fit(part: str, changes: dict[str, Any]) -> None:
@@ -75,6 +87,23 @@ def test_parts_that_fit(part: str, changes: dict[str, Any]) -> None:
             RETINANET,
             {"model__backbone__out_indices": (0, 1, 2), "model__neck__in_channels": CHANNELS[:3]},
             r"bbox_head.anchor_generator expects maps of strides \[8, 16, 32, 64, 128\].* gives \[4, 8, 16",
+        ),
+        (
+            RETINANET,
+            REVERSED | {"model__neck": REVERSED["model__neck"] | {"in_channels": CHANNELS[1:]}},
+            r"neck \(YOLOV3Neck\) takes \[24, 32, 48\]",
+        ),
+        (
+            RETINANET,
+            {
+                "model__neck": {
+                    "_delete_": True,
+                    "type": "ChannelMapper",
+                    "in_channels": [24, 32, 64],
+                    "out_channels": 8,
+                }
+            },
+            r"neck \(ChannelMapper\) takes other channels, .* gives \[24, 32, 48\]",
         ),
         (UPERNET, HEADS | {"model__auxiliary_head__in_channels": 48}, r"auxiliary_head \(FCNHead\) takes \[48\]"),
         (UPERNET, HEADS | {"model__decode_head__in_channels": CHANNELS[::-1]}, r"decode_head \(UPerHead\) takes"),
@@ -110,7 +139,7 @@ def test_checks_of_the_model_can_be_left_out() -> None:
     model = _model(MASK_RCNN, model__neck__in_channels=[96, 192, 384, 768])
     runner = SimpleNamespace(model=model, _train_loop=None, _val_loop=None, _test_loop=None)
     HOOKS.build({"type": "SubquadChecks", "model": False}).before_run(runner)
-    with pytest.raises(ValueError, match="set neck.in_channels"):
+    with pytest.raises(ValueError, match=r"set neck\.in_channels"):
         HOOKS.build({"type": "SubquadChecks"}).before_run(runner)
 
 
