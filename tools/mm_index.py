@@ -26,7 +26,7 @@ _HEAD = """# Configs for MMDetection and MMSegmentation
 Made by `python -m subquad.tools.mm_index`; a test compares it with the configs.
 
 * AP and mIoU (single scale / multi-scale) are what the authors report for training with the config, in the source
-  that it names. They were not measured again here.
+  that it names; they were not measured again here. Examples without a result have none.
 * Parameters are those of the whole detector or segmentor, auxiliary heads included.
 * GFLOPs count a multiplication with its addition as one, as papers do, in inference on an image of {sizes},
   with {proposals:,} proposals and {masks} masks in a two-stage detector.
@@ -42,6 +42,11 @@ def build(cfg: Any) -> nn.Module:
     import_module(f"{cfg.default_scope}.models")
     with torch.device("meta"):
         return MODELS.build(cfg.model).eval()
+
+
+def parameters(model: nn.Module) -> str:
+    """The cell of the table."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M"
 
 
 def gflops(model: Any, size: tuple[int, int]) -> float:
@@ -95,8 +100,7 @@ def row(name: str, counted: dict[str, tuple[str, str]]) -> tuple[str, ...]:
     key = repr(plain)  # the same for all schedules
     if key not in counted:
         model = build(cfg)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        counted[key] = f"{parameters / 1e6:.1f} M", f"{gflops(model, SIZES[name.split('/')[0]]):.0f}"
+        counted[key] = parameters(model), f"{gflops(model, SIZES[name.split('/')[0]]):.0f}"
     return *link_and_results(name, cfg.published), *counted[key]
 
 

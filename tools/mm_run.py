@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> None:
 
     script = str(find(arguments[0]))
     sys.argv = [script, *arguments[1:]]
+    sys.path.insert(0, str(Path(script).resolve().parent))  # a script may import what lies beside it
     runpy.run_path(script, run_name="__main__")
 
 

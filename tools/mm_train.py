@@ -39,10 +39,10 @@ class Options:
     """Folder for logs and checkpoints. Default: work_dirs/NAME_OF_THE_CONFIG."""
     resume: bool = False
     """Go on from the newest checkpoint in the work_dir."""
-    load_from: Path | None = None
-    """Start from the weights of a whole detector or segmentor: an official one, or of an earlier run."""
-    test: Path | None = None
-    """Only test these weights: an official checkpoint, or one of an earlier run."""
+    load_from: str | None = None
+    """Start from the weights of a whole detector or segmentor, a file or URL: an official one, or of an earlier run."""
+    test: str | None = None
+    """Only test these weights, a file or URL: an official checkpoint, or one of an earlier run."""
     amp: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, on a GPU."""
     launcher: Literal["none", "pytorch", "slurm", "mpi"] = "none"
@@ -99,6 +99,8 @@ def run(options: Options) -> Summary:
     datasets = _datasets(cfg, ("train", "val") if options.test is None else ("test",))
     _check_annotation_files(datasets)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if options.strategy == "fsdp":
+        _prepare_before_sharding(runner)
     memory = smoke.peak_memory_hook()
     runner.register_hook(memory)
     with _named_data_errors(datasets):
@@ -126,7 +128,7 @@ def load(options: Options) -> Any:
     cfg.resume = options.resume or cfg.get("resume", False)
     weights = options.test or options.load_from
     if weights is not None:
-        cfg.load_from = str(weights)
+        cfg.load_from = weights
     backbone = cfg.model.get("backbone", {})
     if (weights is not None or cfg.resume) and backbone.get("type") == "SubquadBackbone":
         backbone.update(pretrained=False, checkpoint=None)  # nothing to download for weights that are replaced
@@ -144,14 +146,33 @@ def load(options: Options) -> Any:
     return cfg
 
 
+def _prepare_before_sharding(runner: Any) -> None:
+    """Check the model, and load weights, while it is whole: FSDP would drop those that do not fit."""
+    from mmengine.runner import find_latest_checkpoint
+    from mmengine.runner.checkpoint import load_checkpoint
+
+    from subquad.heads.openmmlab.checks import SubquadChecks, check_model
+
+    runner.model = runner.strategy.build_model(runner.model)
+    if any(isinstance(hook, SubquadChecks) and hook.model for hook in runner.hooks):
+        check_model(runner.model)
+    path = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
+    if path is None:
+        return
+    runner.model.init_weights()  # here, because it does nothing when FlexibleRunner calls it again
+    load_checkpoint(runner.model, path, map_location="cpu")
+    if not runner._resume:
+        runner._load_from = None
+
+
 def _check(options: Options) -> None:
     if options.amp != "no" and not torch.cuda.is_available():
         raise ValueError(f"amp {options.amp} needs a GPU")
     if options.iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {options.iterations}")
     for path in (options.test, options.load_from):
-        if path is not None and "://" not in str(path) and not path.is_file():
-            raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+        if path is not None and "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"checkpoint {path!r} does not exist")
     if sum(map(bool, (options.resume, options.load_from, options.test))) > 1:
         raise ValueError("resume, load_from and test exclude each other: each says which weights to take")
     if options.test and options.amp != "no":

@@ -92,7 +92,7 @@ class SubquadBackbone(BaseModule):
         )
         for name, module in self.net.named_modules():
             module.is_block = bool(_BLOCK.search(name))  # see subquad_blocks
-        self._frozen = _parameters_of_stages(self.net, frozen_stages)
+        self._frozen = self._parameters_of_stages(frozen_stages)
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name not in self._frozen)
         self.register_load_state_dict_pre_hook(_adapt_checkpoint)
@@ -177,6 +177,28 @@ class SubquadBackbone(BaseModule):
         rest = filter_fn(rest, self.net) if filter_fn is not None else rest
         return {f"net.{name}": value for name, value in rest.items()} | mapped
 
+    def layers(self, coarse: bool) -> dict[str, int]:
+        """Number of the layer (``coarse``: stage) of each parameter of ``net``, from the stem's 0 on.
+
+        Raises:
+            ValueError: some models of timm do not state it.
+        """
+        if not hasattr(self.net, "group_matcher"):
+            raise ValueError(
+                f"{self.model_name!r} has no group_matcher, which says to which layer a parameter belongs:"
+                " frozen_stages and SubquadLayerDecay need it"
+            )
+        return group_parameters(self.net, self.net.group_matcher(coarse=coarse), reverse=True)
+
+    def _parameters_of_stages(self, frozen_stages: int) -> frozenset[str]:
+        if frozen_stages == -1:
+            return frozenset()
+        layer_of = self.layers(coarse=True)
+        last = max(layer_of.values())
+        if not -1 <= frozen_stages <= last:
+            raise ValueError(f"frozen_stages must be -1 (none) to {last} (all), got {frozen_stages}")
+        return frozenset(name for name, layer in layer_of.items() if layer <= frozen_stages)
+
 
 @FUNCTIONS.register_module()
 def subquad_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
@@ -235,13 +257,3 @@ def _prune(model: Any, out_indices: Sequence[int]) -> None:
     classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     for name in [classifiers] if isinstance(classifiers, str) else classifiers:
         setattr(model, name.split(".")[0], nn.Identity())  # timm before 1.0.31 leaves the norm in some heads
-
-
-def _parameters_of_stages(model: Any, frozen_stages: int) -> frozenset[str]:
-    if frozen_stages == -1:
-        return frozenset()
-    layer_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    last = max(layer_of.values())
-    if not -1 <= frozen_stages <= last:
-        raise ValueError(f"frozen_stages must be -1 (none) to {last} (all), got {frozen_stages}")
-    return frozenset(name for name, layer in layer_of.items() if layer <= frozen_stages)

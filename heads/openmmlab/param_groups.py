@@ -8,7 +8,6 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-from timm.models import group_parameters
 from torch import nn
 
 from subquad.heads.openmmlab.backbone import SubquadBackbone, is_sharded
@@ -50,7 +49,8 @@ class SubquadLayerDecay(DefaultOptimWrapperConstructor):
     of one rate and decay form one group.
 
     Raises:
-        ValueError: for an unknown key, a rate outside (0, 1], a model without a ``SubquadBackbone`` or behind FSDP.
+        ValueError: for an unknown key, a rate outside (0, 1], a model without a ``SubquadBackbone`` or behind FSDP, or
+            a backbone of timm without ``group_matcher``.
     """
 
     def _validate_cfg(self) -> None:
@@ -90,8 +90,9 @@ class SubquadLayerDecay(DefaultOptimWrapperConstructor):
         fixed: set[str] = set()
         for path, backbone in backbones:
             prefix = f"{path}.net." if path else "net."
-            layer_of = group_parameters(backbone.net, backbone.net.group_matcher(coarse=coarse), reverse=True)
+            layer_of = backbone.layers(coarse)
             layers = max(layer_of.values()) + 1
             scales |= {prefix + name: rate ** (layers - layer) for name, layer in layer_of.items()}
-            fixed |= {prefix + name for name in backbone.net.no_weight_decay()}
+            if hasattr(backbone.net, "no_weight_decay"):  # convolutional models of timm have only matrices and vectors
+                fixed |= {prefix + name for name in backbone.net.no_weight_decay()}
         return scales, fixed

@@ -18,8 +18,6 @@ from typing import Any, NoReturn
 from subquad.heads.openmmlab import standin_ops
 
 EXTENSION = "mmcv._ext"
-COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation onedl-mmcv"
-"""Builds mmcv's own operators, with a C++ compiler (and CUDA's for a GPU)."""
 
 # Names under which mmdet and mmseg hold operators of mmcv, imported once and for all when they are imported.
 _HELD = {
@@ -65,9 +63,7 @@ def _absent_operator(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(name)
 
     def absent(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"the operator {name} of mmcv is not compiled and has no stand-in in subquad; compile mmcv with `{COMPILE}`"
-        )
+        raise standin_ops.absence(f"the operator {name}")
 
     return absent
 

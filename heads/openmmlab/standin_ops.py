@@ -27,7 +27,17 @@ __all__ = [
     "softnms",
 ]
 
+COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation 'onedl-mmcv>=2.3.6,<2.4'"
+"""Builds mmcv's own operators, with a C++ compiler (and CUDA's for a GPU), of a release that the extra ``mm`` takes."""
+
 _SOFT_NMS_METHODS = ("naive", "linear", "gaussian")
+
+
+def absence(operator: str) -> NotImplementedError:
+    """The error of a call that only mmcv's own operators can answer."""
+    return NotImplementedError(
+        f"{operator} of mmcv is not compiled and has no stand-in in subquad; compile mmcv with `{COMPILE}`"
+    )
 
 
 def get_compiler_version() -> str:
@@ -142,7 +152,7 @@ def roi_align_backward(
 
 def _check_average(options: dict[str, Any]) -> None:
     if options["pool_mode"] != 1:
-        raise NotImplementedError("roi_align with pool_mode 'max' has no stand-in in subquad, 'avg' has one")
+        raise absence("roi_align with pool_mode 'max'")
 
 
 def _roi_align_options(options: dict[str, Any]) -> tuple[float, int, int, int, bool]:
@@ -216,7 +226,7 @@ def sigmoid_focal_loss_backward(
 
 def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
     if weight.numel() > 0:
-        raise NotImplementedError("sigmoid_focal_loss with class weights has no stand-in in subquad")
+        raise absence("sigmoid_focal_loss with class weights")
     positive = target[:, None] == torch.arange(logits.shape[1], device=target.device)
     return torchvision.ops.sigmoid_focal_loss(logits, positive.to(logits.dtype), alpha, gamma)
 

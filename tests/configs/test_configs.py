@@ -93,8 +93,9 @@ def test_paths() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config(name: str) -> None:
-    """Parses, inherits from its own folder only, states results and their source, and its model fits together."""
+    """Parses, inherits from its own folder only, states results and their source; its model is that of the index."""
     from subquad.heads.openmmlab.checks import check_model
+    from subquad.tools import mm_index
 
     text = configs.path(name).read_text()
     assert len(text.splitlines()) <= 16
@@ -110,6 +111,8 @@ def test_config(name: str) -> None:
     assert cfg.model.backbone.model_name.replace("_", "-") in name
     drop = max(getattr(m, "drop_prob", 0) or 0 for m in model.backbone.modules())
     assert drop == pytest.approx(cfg.model.backbone.drop_path_rate)
+    line = next(line for line in mm_index.INDEX.read_text().splitlines() if f"({name})" in line)
+    assert line.split(" | ")[-2] == mm_index.parameters(model), "run `python -m subquad.tools.mm_index`"
 
 
 @pytest.mark.parametrize("stem", STATED)
@@ -138,6 +141,21 @@ def test_configs_of_mmseg_can_be_inherited(tmp_path: Path) -> None:
 def test_every_published_size_has_a_config() -> None:
     found = {re.sub(r".*/(.*?)_(fpn|40k|80k|160k).*", r"\1", name) for name in NAMES}
     assert {stem for stem in found if not re.search(_UNSTATED_FAMILIES, stem)} == {*STATED, *UNSTATED}
+
+
+@pytest.mark.parametrize(
+    "name", ["mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco", "mmseg/vmamba/upernet_vmamba-tiny_160k_ade20k-512"]
+)
+def test_examples_of_albumentations(name: str) -> None:
+    """The config of the same name with other transforms in training, and nothing else."""
+    plain, albu = (_config.__wrapped__(f"{name}{end}.py").to_dict() for end in ("", "-albu"))
+    del plain["published"], albu["published"]
+    steps = []
+    for cfg in (plain, albu):
+        del cfg["train_pipeline"]
+        steps.append([step["type"] for step in cfg["train_dataloader"]["dataset"].pop("pipeline")])
+    assert plain == albu
+    assert "Albu" in steps[1] and "Albu" not in steps[0]
 
 
 def test_index_has_every_config_and_its_results() -> None:

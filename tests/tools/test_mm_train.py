@@ -145,7 +145,9 @@ def test_shipped_config_by_name(tmp_path: Path) -> None:
     name = "mmseg/vmamba/upernet_vmamba-tiny_160k_ade20k-512.py"
     common: dict[str, Any] = {"smoke": True, "iterations": 1, "cfg_options": small}
     summary = mm_train.run(Options(name, work_dir=tmp_path / "run", **common))
-    tested = mm_train.run(Options(name, work_dir=tmp_path / "test", test=tmp_path / "run" / "iter_1.pth", **common))
+    tested = mm_train.run(
+        Options(name, work_dir=tmp_path / "test", test=str(tmp_path / "run" / "iter_1.pth"), **common)
+    )
     assert tested.metrics["mIoU"] == pytest.approx(summary.metrics["mIoU"])
     record = json.loads((tmp_path / "run" / "smoke.json").read_text())
     assert record["losses"] == summary.losses
@@ -173,6 +175,23 @@ def test_smoke_data_is_made_once(tmp_path: Path) -> None:
     assert len(made) == 1 and [path.name for path in tmp_path.rglob("*")] == ["data", "theirs"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("retinanet", "model['bbox_head'] = dict(num_classes=1)"),
+        ("semantic-fpn", "model['decode_head'] = dict(num_classes=2)"),
+        ("semantic-fpn", "model['decode_head'] = dict(num_classes=1, out_channels=1, threshold=0.3)"),
+    ],
+)
+def test_smoke_of_few_classes(kind: str, change: str, tmp_path: Path) -> None:
+    """And of several data sets."""
+    wrapper = "train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[{{_base_.%s}}]))"
+    change += "\n" + wrapper % "train_dataloader.dataset"
+    config = _write_config(tmp_path, kind, change)
+    losses = mm_train.run(Options(str(config), work_dir=tmp_path, smoke=True, iterations=1)).losses
+    assert len(losses) == 1 and np.isfinite(losses).all()
+
+
 def test_smoke_needs_data_to_replace(tmp_path: Path) -> None:
     config = tmp_path / "own.py"
     config.write_text("default_scope = 'mmpose'\nmodel = dict()")
@@ -190,10 +209,13 @@ def test_options_change_the_config(tmp_path: Path) -> None:
     assert [hook["type"] for hook in cfg.custom_hooks] == ["EMAHook", "SubquadChecks"]
     assert cfg.resume and cfg.work_dir == "work_dirs/mask-rcnn"
     assert not cfg.model.backbone.pretrained and mm_train.load(Options(str(config))).model.backbone.pretrained
-    cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from=Path("w.pth")))
+    cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from="w.pth"))
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype, cfg.load_from) == ("AmpOptimWrapper", "bfloat16", "w.pth")
     assert cfg.optim_wrapper.optimizer.lr == 1e-4
     assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "FSDPStrategy")
+    url = "https://example.com/a/b.pth"
+    mm_train._check(Options(str(config), load_from=url))
+    assert mm_train.load(Options(str(config), load_from=url)).load_from == url
 
 
 # Bad input
@@ -208,8 +230,8 @@ def _broken_model(**changes: Any) -> Callable[[Path], Options]:
     return options
 
 
-def _broken_data(change: Callable[[Path], None]) -> Callable[[Path], Options]:
-    """Train on made data that ``change(folder)`` has spoilt."""
+def _broken_data(change: Callable[[Path], None], more: str = "") -> Callable[[Path], Options]:
+    """Train on made data that ``change(folder)`` has spoilt; ``more`` goes into the config."""
 
     def options(folder: Path) -> Options:
         from mmdet.datasets import CocoDataset
@@ -219,16 +241,16 @@ def _broken_data(change: Callable[[Path], None]) -> Callable[[Path], Options]:
         loader += "ann_file='annotations.json', data_prefix=dict(img='images')))"
         lines = [f"{mode}_dataloader = {loader}" for mode in ("train", "val", "test")]
         lines += [f"{mode}_evaluator = dict(ann_file='{annotations}')" for mode in ("val", "test")]
-        lines.append("model['backbone']['pretrained'] = False")
+        lines += ["model['backbone']['pretrained'] = False", more]
         change(folder)
         return Options(str(_write_config(folder, "mask-rcnn", "\n".join(lines))), work_dir=folder / "run")
 
     return options
 
 
-def _empty_list(folder: Path) -> None:
-    path = folder / "annotations.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+def _empty_list(folder: Path, name: str = "annotations.json") -> None:
+    content = json.loads((folder / "annotations.json").read_text())
+    (folder / name).write_text(json.dumps(content | {"annotations": []}))
 
 
 BAD = {
@@ -252,6 +274,16 @@ BAD = {
         "not JSON",
     ),
     "no annotations": (_broken_data(_empty_list), ValueError, r"no images with annotations .*annotations\.json"),
+    "no annotations, unfiltered": (
+        _broken_data(_empty_list, "train_dataloader['dataset']['filter_cfg'] = None"),
+        ValueError,
+        r"no images with annotations .*annotations\.json",
+    ),
+    "no annotations to validate with": (
+        _broken_data(lambda f: _empty_list(f, "val.json"), "val_dataloader['dataset']['ann_file'] = 'val.json'"),
+        ValueError,
+        r"no images with annotations .*val\.json",
+    ),
 }
 
 
@@ -270,9 +302,56 @@ def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}}, tmp_path / "c.pth")
     config = str(_write_config(tmp_path, "retinanet"))
     for how in ("load_from", "test"):
-        options: dict[str, Any] = {how: tmp_path / "c.pth"}
+        options: dict[str, Any] = {how: str(tmp_path / "c.pth")}
         with pytest.raises(ValueError, match=r"under 'backbone\.' do not fit test_vmamba:\nmissing"):
             mm_train.run(Options(config, work_dir=tmp_path / how, smoke=True, **options))
+
+
+@pytest.fixture
+def sharded_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Options for FSDP in one process, by gloo; mmengine itself starts it on GPUs only."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    load = mm_train.load
+
+    def load_for_cpu(options: Options) -> Any:
+        cfg = load(options)
+        if options.strategy == "fsdp":
+            cfg.strategy.model_wrapper.device_id = "cpu"
+        return cfg
+
+    monkeypatch.setattr(mm_train, "load", load_for_cpu)
+    backend = ("env_cfg.dist_cfg.backend=gloo",)
+    yield {"strategy": "fsdp", "launcher": "pytorch", "smoke": True, "iterations": 1, "cfg_options": backend}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that sees a GPU shards on it")
+def test_checkpoints_of_sharded_runs(
+    trained: Callable[[str], tuple[Path, mm_train.Summary]], sharded_on_cpu: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are loaded as those of others, and as they were trained; and refused, where FSDP would take what fits."""
+    config, summary = trained("retinanet")
+    weights = config.parent / "run" / "iter_2.pth"
+    options: dict[str, Any] = {"work_dir": tmp_path, **sharded_on_cpu}
+    tested = mm_train.run(Options(str(config), test=str(weights), **options))
+    for name, value in summary.metrics.items():
+        assert tested.metrics[name] == pytest.approx(value), name
+    started = mm_train.run(Options(str(config), load_from=str(weights), **options))
+    assert np.isfinite(started.losses).all()
+
+    torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}}, tmp_path / "iter_1.pth")
+    how: dict[str, Any]
+    for how in ({"load_from": str(tmp_path / "iter_1.pth")}, {"test": str(tmp_path / "iter_1.pth")}, {"resume": True}):
+        (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))
+        with pytest.raises(ValueError, match=r"under 'backbone\.' do not fit test_vmamba:\nmissing"):
+            mm_train.run(Options(str(config), **options | how))
+    options["cfg_options"] += ("model.neck.in_channels=96,192,384",)
+    with pytest.raises(ValueError, match=r"neck \(FPN\) takes \[96, 192, 384\]"):
+        mm_train.run(Options(str(config), **options))
 
 
 def test_bad_options(tmp_path: Path) -> None:
@@ -280,11 +359,11 @@ def test_bad_options(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config 'mmdet/vmamba/mask-rcnn_tiny'; did you mean mmdet/"):
         mm_train.run(Options("mmdet/vmamba/mask-rcnn_tiny"))
     with pytest.raises(FileNotFoundError, match=r"checkpoint 'absent\.pth' does not exist"):
-        mm_train.run(Options(config, test=Path("absent.pth")))
+        mm_train.run(Options(config, test="absent.pth"))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         mm_train.run(Options(config, smoke=True, iterations=0))
     with pytest.raises(ValueError, match="resume, load_from and test exclude each other"):
-        mm_train.run(Options(config, resume=True, load_from=Path(config)))
+        mm_train.run(Options(config, resume=True, load_from=config))
     with pytest.raises(ValueError, match="full_size and iterations go with smoke"):
         mm_train.run(Options(config, iterations=50))
     with pytest.raises(FileNotFoundError, match="nothing to resume in"):
@@ -313,6 +392,17 @@ def test_scripts_of_the_libraries_run_through_the_launcher(
     assert float(found[-1]) == pytest.approx(summary.metrics["coco/bbox_mAP"], abs=1e-4)  # printed with four digits
 
 
+def test_scripts_find_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_the_script.py").write_text("value = 7")
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\nimport beside_the_script\nPath(__file__).with_name('out').write_text('7')"
+    )
+    monkeypatch.setattr(sys, "argv", ["mm_run"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    mm_run.run([str(tmp_path / "own.py")])
+    assert (tmp_path / "out").is_file()
+
+
 def test_launcher_finds_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mm_run.find("mmseg/tools/train.py").is_file()
     own = tmp_path / "own.py"
@@ -320,6 +410,7 @@ def test_launcher_finds_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     seen: list[Any] = []
     monkeypatch.setattr(runpy, "run_path", lambda path, run_name: seen.append((path, run_name, sys.argv)))
     monkeypatch.setattr(sys, "argv", ["mm_run"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     mm_run.run([str(own), "--work-dir", "w"])
     assert seen == [(str(own), "__main__", [str(own), "--work-dir", "w"])]
     with pytest.raises(FileNotFoundError, match=r"no script 'mmdet/tools/absent\.py'"):

@@ -24,13 +24,21 @@ _SIZES = {"scale", "scales", "crop_size", "size", "stride"}
 _COLORS = ((220, 60, 60), (60, 200, 80), (70, 90, 230))
 
 
-def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], images: int, seed: int = 0) -> Path:
+def make_coco(
+    folder: Path,
+    size: tuple[int, int],
+    names: tuple[str, ...],
+    images: int,
+    seed: int = 0,
+    kinds: int = len(_COLORS),
+) -> Path:
     """Noise with coloured rectangles and ellipses, of a category for each colour, in COCO's format.
 
     Args:
         folder: gets ``images/*.png`` and ``annotations.json``.
         size: width and height.
-        names: of the categories, the data set's classes; objects are of the first three.
+        names: of the categories, the data set's classes.
+        kinds: objects are of so many of the first categories, at most three.
 
     Returns:
         The annotation file.
@@ -42,7 +50,7 @@ def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], image
     for number in range(images):
         picture = _noise(rng, size)
         draw = ImageDraw.Draw(picture)
-        for kind, box in _boxes(rng, size):
+        for kind, box in _boxes(rng, size, kinds):
             outline = _draw(draw, kind, box)
             x1, y1, x2, y2 = box
             annotations.append(
@@ -65,12 +73,15 @@ def make_coco(folder: Path, size: tuple[int, int], names: tuple[str, ...], image
     return path
 
 
-def make_ade(folder: Path, size: tuple[int, int], images: int, seed: int = 0) -> Path:
+def make_ade(folder: Path, size: tuple[int, int], images: int, seed: int = 0, kinds: int = len(_COLORS)) -> Path:
     """The same pictures with label maps in ADE20K's format: 0 unlabelled, 1 background, 2 to 4 by colour.
+
+    With ``kinds`` 0 all is background.
 
     Args:
         folder: gets ``images/*.jpg`` and ``annotations/*.png``.
         size: width and height.
+        kinds: objects are of so many colours, at most three.
 
     Returns:
         ``folder``.
@@ -82,7 +93,7 @@ def make_ade(folder: Path, size: tuple[int, int], images: int, seed: int = 0) ->
         picture, labels = _noise(rng, size), Image.new("L", size, 1)
         draw, draw_labels = ImageDraw.Draw(picture), ImageDraw.Draw(labels)
         draw_labels.rectangle((0, 0, size[0], 2), fill=0)
-        for kind, box in _boxes(rng, size):
+        for kind, box in _boxes(rng, size, kinds):
             _draw(draw, kind, box)
             _draw(draw_labels, kind, box, fill=kind + 2)
         picture.save(folder / "images" / f"{number:04d}.jpg", quality=95)
@@ -95,12 +106,14 @@ def _noise(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR)
 
 
-def _boxes(rng: np.random.Generator, size: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+def _boxes(
+    rng: np.random.Generator, size: tuple[int, int], kinds: int
+) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
     """Category and corners of one to three objects of a quarter to a half of the picture's sides."""
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 4) if kinds else 0):
         width, height = (int(rng.uniform(0.25, 0.5) * side) for side in size)
         x, y = int(rng.integers(0, size[0] - width)), int(rng.integers(0, size[1] - height))
-        yield int(rng.integers(len(_COLORS))), (x, y, x + width, y + height)
+        yield int(rng.integers(kinds)), (x, y, x + width, y + height)
 
 
 def _draw(draw: Any, kind: int, box: tuple[int, int, int, int], fill: Any = None) -> list[float]:
@@ -140,8 +153,9 @@ def shrink(cfg: Any, folder: Path, iterations: int, full_size: bool) -> None:
         _shrink_sizes([pipelines, cfg.model.get("data_preprocessor"), cfg.model.get("test_cfg")])
         _limit(cfg.model)
     size = (160, 120) if not full_size else (1333, 800) if scope == "mmdet" else (704, 512)
-    folder = folder / f"{size[0]}x{size[1]}"
-    (_use_coco if scope == "mmdet" else _use_ade)(cfg, folder, size, pipelines)
+    kinds = _kinds(cfg.model, background=scope == "mmseg")
+    folder = folder / f"{size[0]}x{size[1]}x{kinds}"
+    (_use_coco if scope == "mmdet" else _use_ade)(cfg, folder, size, kinds, pipelines)
     if "backbone" in cfg.model and "pretrained" in cfg.model.backbone:
         cfg.model.backbone.pretrained = False
     for mode in _MODES:
@@ -187,16 +201,24 @@ def _once(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 def _pipeline(dataset: Any) -> Any:
-    """Of the innermost data set: wrappers that repeat or mix hold one in ``dataset``."""
-    return dataset.pipeline if "dataset" not in dataset else _pipeline(dataset.dataset)
+    """Of the innermost data set: wrappers that repeat or mix hold one in ``dataset``, or several in ``datasets``."""
+    if "dataset" in dataset:
+        return _pipeline(dataset.dataset)
+    return _pipeline(dataset.datasets[0]) if "datasets" in dataset else dataset.pipeline
 
 
-def _use_coco(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str, Any]) -> None:
+def _kinds(model: Any, background: bool) -> int:
+    """How many of the colours a model has classes for, besides a class for the background if it needs one."""
+    classes = [part["num_classes"] for part in dicts(model) if isinstance(part.get("num_classes"), int)]
+    return min([len(_COLORS), *(number - background for number in classes)])
+
+
+def _use_coco(cfg: Any, folder: Path, size: tuple[int, int], kinds: int, pipelines: dict[str, Any]) -> None:
     from mmdet.datasets import CocoDataset
 
     classes = CocoDataset.METAINFO["classes"]
     for seed, (mode, images) in enumerate(IMAGES.items()):
-        _once(folder / mode, partial(make_coco, size=size, names=classes, images=images, seed=seed))
+        _once(folder / mode, partial(make_coco, size=size, names=classes, images=images, seed=seed, kinds=kinds))
     for mode, source in _MODES.items():
         cfg[f"{mode}_dataloader"].dataset = {
             "type": "CocoDataset",
@@ -210,9 +232,9 @@ def _use_coco(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str
         cfg[f"{mode}_evaluator"] = dict(cfg[f"{mode}_evaluator"], ann_file=str(folder / "val/annotations.json"))
 
 
-def _use_ade(cfg: Any, folder: Path, size: tuple[int, int], pipelines: dict[str, Any]) -> None:
+def _use_ade(cfg: Any, folder: Path, size: tuple[int, int], kinds: int, pipelines: dict[str, Any]) -> None:
     for seed, (mode, images) in enumerate(IMAGES.items()):
-        _once(folder / mode, partial(make_ade, size=size, images=images, seed=seed))
+        _once(folder / mode, partial(make_ade, size=size, images=images, seed=seed, kinds=kinds))
     for mode, source in _MODES.items():
         cfg[f"{mode}_dataloader"].dataset = {
             "type": "ADE20KDataset",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ from torch import nn
 pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, init_default_scope
 
 from subquad import configs
-from subquad.heads.openmmlab.checks import check_dataset, check_model
+from subquad.heads.openmmlab.checks import SubquadChecks, check_dataset, check_model
 from subquad.tools.mm_index import build
 from subquad.tools.openmmlab import smoke
 
@@ -35,6 +37,17 @@ MASK_RCNN = "mmdet/_base_/models/mask-rcnn_fpn"
 RETINANET = "mmdet/_base_/models/retinanet_fpn"
 UPERNET = "mmseg/_base_/models/upernet"
 SEMANTIC_FPN = "mmseg/_base_/models/semantic-fpn"
+# A neck that reads its maps, and gives them, from the last to the first.
+REVERSED: dict[str, Any] = {
+    "model__neck": {
+        "_delete_": True,
+        "type": "YOLOV3Neck",
+        "num_scales": 3,
+        "in_channels": CHANNELS[:0:-1],
+        "out_channels": [8, 8, 8],
+    },
+    "model__bbox_head__anchor_generator__strides": [32, 16, 8],
+}
 HEADS = {"model__decode_head__in_channels": CHANNELS, "model__auxiliary_head__in_channels": 32}
 
 
@@ -53,6 +66,7 @@ HEADS = {"model__decode_head__in_channels": CHANNELS, "model__auxiliary_head__in
         ),
         (UPERNET, HEADS),
         (SEMANTIC_FPN, {"model__neck__in_channels": CHANNELS}),
+        (RETINANET, REVERSED),
     ],
 )
 def test_parts_that_fit(part: str, changes: dict[str, Any]) -> None:
@@ -73,6 +87,23 @@ def test_parts_that_fit(part: str, changes: dict[str, Any]) -> None:
             RETINANET,
             {"model__backbone__out_indices": (0, 1, 2), "model__neck__in_channels": CHANNELS[:3]},
             r"bbox_head.anchor_generator expects maps of strides \[8, 16, 32, 64, 128\].* gives \[4, 8, 16",
+        ),
+        (
+            RETINANET,
+            REVERSED | {"model__neck": REVERSED["model__neck"] | {"in_channels": CHANNELS[1:]}},
+            r"neck \(YOLOV3Neck\) takes \[24, 32, 48\]",
+        ),
+        (
+            RETINANET,
+            {
+                "model__neck": {
+                    "_delete_": True,
+                    "type": "ChannelMapper",
+                    "in_channels": [24, 32, 64],
+                    "out_channels": 8,
+                }
+            },
+            r"neck \(ChannelMapper\) takes other channels, .* gives \[24, 32, 48\]",
         ),
         (UPERNET, HEADS | {"model__auxiliary_head__in_channels": 48}, r"auxiliary_head \(FCNHead\) takes \[48\]"),
         (UPERNET, HEADS | {"model__decode_head__in_channels": CHANNELS[::-1]}, r"decode_head \(UPerHead\) takes"),
@@ -102,6 +133,14 @@ def test_pyramid_of_an_isotropic_model() -> None:
         "model__roi_head__mask_roi_extractor__featmap_strides": strides[:4],
     }
     check_model(_model(MASK_RCNN, model__neck=neck, **options, **fitting))
+
+
+def test_checks_of_the_model_can_be_left_out() -> None:
+    model = _model(MASK_RCNN, model__neck__in_channels=[96, 192, 384, 768])
+    runner = SimpleNamespace(model=model, _train_loop=None, _val_loop=None, _test_loop=None)
+    HOOKS.build({"type": "SubquadChecks", "model": False}).before_run(runner)
+    with pytest.raises(ValueError, match=r"set neck\.in_channels"):
+        HOOKS.build({"type": "SubquadChecks"}).before_run(runner)
 
 
 def test_other_backbones_are_left_alone() -> None:
@@ -166,6 +205,29 @@ def test_empty_annotations(coco: Path) -> None:
     _edit(coco, lambda content: content.update(annotations=[]))
     with pytest.raises(ValueError, match=r"no images with annotations in '.*annotations\.json'"):
         check_dataset(_coco(coco, serialize_data=False, filter_cfg={"filter_empty_gt": True}))
+
+
+@pytest.mark.parametrize("options", [{"test_mode": True}, {"filter_cfg": None}], ids=str)
+def test_images_without_any_object(options: dict[str, Any], coco: Path) -> None:
+    """They are all kept in validation, and in training without a filter."""
+    _edit(coco, lambda content: content.update(annotations=content["annotations"][:1]))
+    check_dataset(_coco(coco, **options))
+    _edit(coco, lambda content: content.update(annotations=[]))
+    with pytest.raises(ValueError, match=r"no images with annotations in '.*annotations\.json'"):
+        check_dataset(_coco(coco, **options))
+    check_dataset(_coco(coco, **options), annotated=False)
+
+
+@pytest.mark.parametrize("format_only", [False, True])
+def test_test_that_only_writes_predictions(format_only: bool, coco: Path) -> None:
+    """Images without annotations, as COCO's test-dev."""
+    _edit(coco, lambda content: content.update(annotations=[]))
+    metric = SimpleNamespace(format_only=format_only)
+    dataset = _coco(coco, test_mode=True)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset), evaluator=SimpleNamespace(metrics=[metric]))
+    runner = SimpleNamespace(model=nn.Module(), _train_loop=None, _val_loop=None, _test_loop=loop)
+    with nullcontext() if format_only else pytest.raises(ValueError, match="no images with annotations"):
+        SubquadChecks().before_run(runner)
 
 
 def test_annotation_without_a_mask(coco: Path) -> None:

@@ -102,6 +102,31 @@ def test_isotropic_model_of_timm() -> None:
     assert groups["backbone.net.blocks.5.attn.qkv.weight"]["lr"] == pytest.approx(LR * 0.8)
 
 
+@pytest.mark.parametrize(
+    ("name", "indices", "first", "last"),
+    [
+        ("test_convnext", (0, 1, 2, 3), "stem.0.weight", "stages.3.blocks.0.mlp.fc1.weight"),
+        ("test_resnet", (1, 2, 3, 4), "conv1.0.weight", "layer4.0.conv1.weight"),
+    ],
+)
+def test_convolutional_models_of_timm(name: str, indices: tuple[int, ...], first: str, last: str) -> None:
+    """They have no ``no_weight_decay``: vectors and biases alone are not decayed."""
+    model = Detector(SubquadBackbone(name, indices))
+    groups = _groups(model, decay_rate=0.5, decay_type="stage_wise")
+    layers = 5  # the stem and four stages
+    assert groups[f"backbone.net.{first}"]["lr"] == pytest.approx(LR * 0.5**layers)
+    assert groups[f"backbone.net.{last}"]["lr"] == pytest.approx(LR * 0.5)
+    for parameter_name, parameter in model.named_parameters():
+        assert (groups[parameter_name]["weight_decay"] == 0) == (parameter.ndim == 1), parameter_name
+
+
+def test_model_without_layers() -> None:
+    with pytest.raises(ValueError, match="'poolformer_s12' has no group_matcher"):
+        _groups(Detector(SubquadBackbone("poolformer_s12")), decay_rate=0.9)
+    with pytest.raises(ValueError, match="'poolformer_s12' has no group_matcher"):
+        SubquadBackbone("poolformer_s12", frozen_stages=1)
+
+
 def test_frozen_parameters_are_left_out() -> None:
     groups = _groups(Detector(SubquadBackbone("test_vmamba", frozen_stages=1)), decay_rate=0.5)
     assert not any(name.startswith(("backbone.net.stem", "backbone.net.stages.0")) for name in groups)
