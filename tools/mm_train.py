@@ -142,7 +142,7 @@ def load(options: Options) -> Any:
     if options.strategy == "fsdp":
         cfg.runner_type = "FlexibleRunner"
         wrapper = {"use_orig_params": True, "auto_wrap_policy": "subquad_blocks"}
-        cfg.strategy = {"type": "FSDPStrategy", "model_wrapper": wrapper, "state_dict_cfg": "full"}
+        cfg.strategy = {"type": "SubquadFSDPStrategy", "model_wrapper": wrapper, "state_dict_cfg": "full"}
     return cfg
 
 

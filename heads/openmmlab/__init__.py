@@ -7,8 +7,9 @@ Importing this module is all that a config needs:
 
 It registers in mmengine's root registries, which both libraries search: the backbone ``SubquadBackbone``, the neck
 ``SimpleFeaturePyramid``, the optimizer constructors ``SubquadLayerDecay`` and ``SubquadParamGroups``, the hook
-``SubquadChecks`` and the policy of FSDP ``subquad_blocks``. Where mmcv came without its compiled operators, those of
-torchvision take their place. It imports neither mmdet nor mmseg, and may be imported before or after them.
+``SubquadChecks``, the strategy ``SubquadFSDPStrategy`` and the policy of FSDP ``subquad_blocks``. Where mmcv came
+without its compiled operators, those of torchvision take their place. It imports neither mmdet nor mmseg, and may be
+imported before or after them.
 """
 
 try:
@@ -23,11 +24,13 @@ from subquad.heads.openmmlab.backbone import SubquadBackbone, subquad_blocks
 from subquad.heads.openmmlab.checks import SubquadChecks
 from subquad.heads.openmmlab.neck import SimpleFeaturePyramid
 from subquad.heads.openmmlab.param_groups import SubquadLayerDecay, SubquadParamGroups
+from subquad.heads.openmmlab.strategy import SubquadFSDPStrategy
 
 __all__ = [
     "SimpleFeaturePyramid",
     "SubquadBackbone",
     "SubquadChecks",
+    "SubquadFSDPStrategy",
     "SubquadLayerDecay",
     "SubquadParamGroups",
     "subquad_blocks",

@@ -212,7 +212,7 @@ def test_options_change_the_config(tmp_path: Path) -> None:
     cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from="w.pth"))
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype, cfg.load_from) == ("AmpOptimWrapper", "bfloat16", "w.pth")
     assert cfg.optim_wrapper.optimizer.lr == 1e-4
-    assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "FSDPStrategy")
+    assert (cfg.runner_type, cfg.strategy.type) == ("FlexibleRunner", "SubquadFSDPStrategy")
     url = "https://example.com/a/b.pth"
     mm_train._check(Options(str(config), load_from=url))
     assert mm_train.load(Options(str(config), load_from=url)).load_from == url
@@ -342,6 +342,10 @@ def test_checkpoints_of_sharded_runs(
         assert tested.metrics[name] == pytest.approx(value), name
     started = mm_train.run(Options(str(config), load_from=str(weights), **options))
     assert np.isfinite(started.losses).all()
+    resumed = mm_train.run(Options(str(config), resume=True, **options | {"iterations": 2}))
+    assert np.isfinite(resumed.losses).all()
+    state = torch.load(tmp_path / "iter_2.pth", map_location="cpu", weights_only=False)["optimizer"]["state"]
+    assert {float(entry["step"]) for entry in state.values()} == {2.0}  # one step of each run
 
     torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}}, tmp_path / "iter_1.pth")
     how: dict[str, Any]
