@@ -14,11 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 _Config = TypeVar("_Config", bound="tuple[int, ...]")
+_Call = TypeVar("_Call", bound="tuple[Any, ...]")
+_Plan = TypeVar("_Plan")
 
 
 def interpreting() -> bool:
@@ -200,6 +202,51 @@ def facts(tensor: torch.Tensor | None) -> object:
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+def on_meta(call: _Call) -> _Call:
+    """An op's call, a NamedTuple, with tensors of the same facts that have no memory, for ``compiling_ahead``."""
+    return type(call)._make(  # type: ignore[attr-defined]
+        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in call
+    )
+
+
+class Plans(Generic[_Plan]):
+    """An op's plans, one for each shape class: what its calls share, worked out on the first of them.
+
+    Args:
+        most: plans that are kept, a bound for programs that see images of any size.
+    """
+
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._plans: dict[object, _Plan] = {}
+
+    def get(
+        self, key: object, x: torch.Tensor, make: Callable[[], _Plan], on_new: Callable[[], None] | None = None
+    ) -> _Plan:
+        """The plan of a shape class.
+
+        Args:
+            key: all that tells shape classes apart beside ``x``'s device.
+            x: a tensor of the call.
+            make: makes the plan.
+            on_new: called before the first launches of a shape class on a GPU, unless a graph is being captured.
+        """
+        if is_compiling_ahead():
+            return make()
+        key = key, x.device
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= self._most:
+                self._plans.clear()
+            plan = self._plans[key] = make()
+            if on_new is not None and x.is_cuda and not torch.cuda.is_current_stream_capturing():
+                on_new()
+        return plan
 
 
 def tuned(

@@ -192,8 +192,6 @@ def _why_not_triton(call: GatedCall) -> str | None:
 
     if (reason := _triton.why_not(call.q)) is not None:
         return reason
-    if not _triton.interpreting() and _dispatch.requested() != "triton":
-        return "the kernels are on trial (wrong gradients of strong gates on one GPU) and run when asked for by name"
     if call.q.dtype == torch.float64:
         return "float64 runs in PyTorch"
     if call.q.shape[0] == 0:

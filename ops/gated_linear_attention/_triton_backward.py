@@ -10,10 +10,10 @@ from subquad.ops.gated_linear_attention._triton_tiles import (
     _load_log_decays,
     _load_rows,
     _load_state,
+    _may_invert,
     _ones_where,
     _sigmoid_of_negative,
     _sums,
-    _sums_of_decays,
 )
 
 
@@ -98,6 +98,8 @@ def gated_linear_attention_bwd_kernel(
     m_before = o_t[:, None] < o_t[None, :]
     b_up_to = _ones_where(o_t[:, None] >= o_t[None, :], DOT)
     b_from = _ones_where(o_t[:, None] <= o_t[None, :], DOT)
+    b_behind = _ones_where(o_t[:, None] < o_t[None, :], DOT)
+    b_ahead = _ones_where(o_t[:, None] > o_t[None, :], DOT)
     b_one = tl.full((C, BK), 1.0, tl.float32)
     b_zero = tl.zeros((C, BK), dtype=tl.float32)
     for i_k in range(K // BK):
@@ -108,8 +110,10 @@ def gated_linear_attention_bwd_kernel(
         b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
         b_totalf = tl.exp2(tl.sum(b_gf, 0))
         b_totalb = tl.exp2(tl.sum(b_gb, 0))
-        b_f, b_b, near = _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT)
-        if near:
+        b_f = _sums(b_up_to, b_gf, DOT)
+        b_b = _sums(b_from, b_gb, DOT)
+        # Nothing that is an operand of products on both sides leaves the branches, see the forward kernel.
+        if _may_invert(b_f, b_b):
             b_pf, b_rf = tl.exp2(b_f), tl.exp2(-b_f)
             b_ql = (b_q * b_pf).to(DOT)
             b_kl = (b_k * b_rf).to(DOT)
@@ -117,12 +121,8 @@ def gated_linear_attention_bwd_kernel(
             b_dAl = tl.where(m_after, b_dA, 0.0)  # [t, s], s < t
             b_dql = _dot(b_dAl, b_kl, DOT, PRECISION)
             b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION)
-            b_dq, b_dk, b_dv, b_dgf = _through_states(
-                b_dql * b_pf, b_dkl * b_rf, b_dv, b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl,
-                b_q, b_k, b_v, b_do, b_pf, b_rf * b_totalf, b_totalf, b_from,
-                p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-                K, V, TWO_LEVEL, DOT, PRECISION,
-            )  # fmt: skip
+            b_dq, b_dk = b_dql * b_pf, b_dkl * b_rf
+            b_nf = b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl
             b_pb, b_rb = tl.exp2(b_b), tl.exp2(-b_b)
             b_ql = (b_q * b_pb).to(DOT)
             b_kl = (b_k * b_rb).to(DOT)
@@ -130,13 +130,9 @@ def gated_linear_attention_bwd_kernel(
             b_dAl = tl.where(m_before, b_dA, 0.0)  # s > t
             b_dql = _dot(b_dAl, b_kl, DOT, PRECISION)
             b_dkl = _dot(tl.trans(b_dAl), b_ql, DOT, PRECISION)
-            b_dq, b_dk, b_dv, b_dgb = _through_states(
-                b_dq + b_dql * b_pb, b_dk + b_dkl * b_rb, b_dv,
-                b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl,
-                b_q, b_k, b_v, b_do, b_pb, b_rb * b_totalb, b_totalb, b_up_to,
-                p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-                K, V, TWO_LEVEL, DOT, PRECISION,
-            )  # fmt: skip
+            b_dq += b_dql * b_pb
+            b_dk += b_dkl * b_rb
+            b_nb = b_ql.to(tl.float32) * b_dql - b_kl.to(tl.float32) * b_dkl
         else:
             # Gates are read once more: what the levels do to the layout of a tile must not slow down the other branch.
             b_gf = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
@@ -163,16 +159,16 @@ def gated_linear_attention_bwd_kernel(
                 b_nf += tl.where(m_upper, b_nq, b_nk)
                 b_nb += tl.where(m_upper, b_nk, b_nq)
                 b_pf, b_sf, b_pb, b_sb = _double(b_pf, b_sf, b_pb, b_sb, o_t, level)
-            b_dq, b_dk, b_dv, b_dgf = _through_states(
-                b_dq, b_dk, b_dv, b_nf, b_q, b_k, b_v, b_do, b_pf, b_sf, b_totalf, b_from,
-                p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-                K, V, TWO_LEVEL, DOT, PRECISION,
-            )  # fmt: skip
-            b_dq, b_dk, b_dv, b_dgb = _through_states(
-                b_dq, b_dk, b_dv, b_nb, b_q, b_k, b_v, b_do, b_pb, b_sb, b_totalb, b_up_to,
-                p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-                K, V, TWO_LEVEL, DOT, PRECISION,
-            )  # fmt: skip
+        b_dq, b_dk, b_dv, b_dgf = _through_states(
+            b_dq, b_dk, b_dv, b_nf, b_q, b_k, b_v, b_do, tl.exp2(b_f), tl.exp2(_sums(b_behind, b_gf, DOT)), b_totalf,
+            b_from, p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+            K, V, TWO_LEVEL, DOT, PRECISION,
+        )  # fmt: skip
+        b_dq, b_dk, b_dv, b_dgb = _through_states(
+            b_dq, b_dk, b_dv, b_nb, b_q, b_k, b_v, b_do, tl.exp2(b_b), tl.exp2(_sums(b_ahead, b_gb, DOT)), b_totalb,
+            b_up_to, p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+            K, V, TWO_LEVEL, DOT, PRECISION,
+        )  # fmt: skip
         b_dq += b_own * b_k
         b_dk += b_own * b_q
 

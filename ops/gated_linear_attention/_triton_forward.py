@@ -10,9 +10,9 @@ from subquad.ops.gated_linear_attention._triton_tiles import (
     _load_log_decays,
     _load_rows,
     _load_state,
+    _may_invert,
     _ones_where,
     _sums,
-    _sums_of_decays,
 )
 
 
@@ -180,12 +180,25 @@ def gated_linear_attention_fwd_kernel(
         b_k = _load_rows(p_k, o_n, m_n, o_c, stride_kn).to(tl.float32)
         b_gf = _load_log_decays(p_g, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
         b_gb = _load_log_decays(p_g + stride_gd, o_n, m_n, o_c, stride_gn, INVERSE, LOGITS)
-        b_f, b_b, near = _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT)
-        if near:
-            b_pf, b_pb, b_rf, b_rb = tl.exp2(b_f), tl.exp2(b_b), tl.exp2(-b_f), tl.exp2(-b_b)
-            b_pairs = _dot(b_q * b_pf, tl.trans(b_k * b_rf), DOT, PRECISION)
+        b_f = _sums(b_up_to, b_gf, DOT)
+        b_b = _sums(b_from, b_gb, DOT)
+        b_pf, b_pb = tl.exp2(b_f), tl.exp2(b_b)
+        b_s = _load_state(
+            p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+            K, V, TWO_LEVEL,
+        )  # fmt: skip
+        b_o += _dot(b_q * b_pf, b_s, DOT, PRECISION)
+        b_p = _load_state(
+            p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
+            K, V, TWO_LEVEL,
+        )  # fmt: skip
+        b_o += _dot(b_q * b_pb, b_p, DOT, PRECISION)
+        # Nothing but A leaves the branches: with triton 3.6 on sm_90 operands of products that came from both sides of
+        # a branch were wrong.
+        if _may_invert(b_f, b_b):
+            b_pairs = _dot(b_q * b_pf, tl.trans(b_k * tl.exp2(-b_f)), DOT, PRECISION)
             b_A += tl.where(o_t[:, None] >= o_t[None, :], b_pairs, 0.0)
-            b_pairs = _dot(b_q * b_pb, tl.trans(b_k * b_rb), DOT, PRECISION)
+            b_pairs = _dot(b_q * b_pb, tl.trans(b_k * tl.exp2(-b_b)), DOT, PRECISION)
             b_A += tl.where(o_t[:, None] <= o_t[None, :], b_pairs, 0.0)
         else:
             # Gates are read once more: what the levels do to the layout of a tile must not slow down the other branch.
@@ -201,16 +214,6 @@ def gated_linear_attention_fwd_kernel(
                 b_kl = b_k * tl.where(m_upper, b_sb, b_sf)
                 b_A += tl.where(m_pair, _dot(b_ql, tl.trans(b_kl), DOT, PRECISION), 0.0)
                 b_pf, b_sf, b_pb, b_sb = _double(b_pf, b_sf, b_pb, b_sb, o_t, level)
-        b_s = _load_state(
-            p_tiles, p_sums, p_entries, 0, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_o += _dot(b_q * b_pf, b_s, DOT, PRECISION)
-        b_p = _load_state(
-            p_tiles, p_sums, p_entries, 1, i_group, chunk, o_c, o_v, chunks, segments, segment_chunks, groups,
-            K, V, TWO_LEVEL,
-        )  # fmt: skip
-        b_o += _dot(b_q * b_pb, b_p, DOT, PRECISION)
     b_o += _dot(b_A, _load_rows(p_v, o_n, m_n, o_v, stride_vn), DOT, PRECISION)
     p_o += i_b * length * heads * V + i_h * V + o_n.to(tl.int64)[:, None] * (heads * V) + o_v[None, :]
     tl.store(p_o, (b_o * SCALE).to(p_o.dtype.element_ty), mask=m_n[:, None])

@@ -83,11 +83,9 @@ def _sums(b_rows, b_g, DOT: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_decays(b_up_to, b_from, b_gf, b_gb, DOT: tl.constexpr):
-    """Logarithms of pf and pb as in ``_double`` with the chunk as the block, and whether all may be inverted."""
-    b_f = _sums(b_up_to, b_gf, DOT)
-    b_b = _sums(b_from, b_gb, DOT)
-    return b_f, b_b, tl.min(tl.minimum(b_f, b_b)) > _FAR
+def _may_invert(b_f, b_b):
+    """Whether no sum of log decays of a chunk, of either direction, is too far below 0 for a reciprocal."""
+    return tl.min(tl.minimum(b_f, b_b)) > _FAR
 
 
 @triton.jit

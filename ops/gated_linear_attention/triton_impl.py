@@ -38,8 +38,6 @@ from subquad.ops.gated_linear_attention._triton_forward import (
 )
 from subquad.ops.gated_linear_attention.call import GatedCall, Gradients
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
-
 
 class Config(NamedTuple):
     """Launch choices of a pass for a shape class.
@@ -62,11 +60,11 @@ class Config(NamedTuple):
 
 
 _CONFIGS = {
-    # Not 32 keys and 64 values together: on an H100 with triton 3.6 that kernel's output is wrong (see NOTES.md).
+    # No chunks of 64 with 32 keys and 64 values: triton 3.6 makes kernels for sm_90 of them that fail (see NOTES.md).
     ("forward", "16-bit operands"): Config(chunk=64, keys=16, values=64, warps=4, registers=168, waves=4),
     ("forward", "32-bit operands"): Config(chunk=32, keys=32, values=64, warps=4, registers=255, waves=4),
     ("forward", "many keys"): Config(chunk=32, keys=32, values=32, warps=4, registers=255, waves=4),
-    ("backward", "16-bit operands"): Config(chunk=64, keys=32, values=64, warps=4, registers=255, waves=4),
+    ("backward", "16-bit operands"): Config(chunk=64, keys=16, values=64, warps=4, registers=255, waves=4),
     ("backward", "32-bit operands"): Config(chunk=32, keys=16, values=64, warps=4, registers=255, waves=4),
     ("backward", "many keys"): Config(chunk=32, keys=16, values=32, warps=4, registers=255, waves=4),
 }
@@ -110,28 +108,21 @@ class _Plan(NamedTuple):
         return self.segments > 1
 
 
-_plans: dict[object, _Plan] = {}
+_plans: _triton.Plans[_Plan] = _triton.Plans()
 
 
-def _plan_for(which: str, call: GatedCall, config: Config, *more: Tensor, on_new: Callable[[], None]) -> _Plan:
-    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+def _plan_for(
+    which: str, call: GatedCall, config: Config, *more: Tensor, on_new: Callable[[], None] | None = None
+) -> _Plan:
+    """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward" or "backward".
         more: tensors besides the call's that the kernels see.
-        on_new: called before the first launches of a shape class on a GPU.
+        on_new: see ``Plans.get``.
     """
-    if _triton.is_compiling_ahead():
-        return _make_plan(which, call, config)
-    key = (which, config, call.q.device, *call[4:], *map(_triton.facts, (*call[:4], *more)))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(which, call, config)
-        if call.q.is_cuda and not torch.cuda.is_current_stream_capturing():
-            on_new()
-    return plan
+    key = (which, config, *call[4:], *map(_triton.facts, (*call[:4], *more)))
+    return _plans.get(key, call.q, lambda: _make_plan(which, call, config), on_new)
 
 
 def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
@@ -177,10 +168,7 @@ def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
 
 def _compile_ahead(call: GatedCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    q, k, v, gates = (
-        torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta") for value in call[:4]
-    )
-    meta = call._replace(q=q, k=k, v=v, gates=gates)
+    meta = _triton.on_meta(call)
     with _triton.compiling_ahead(call.q.device):
         out = _forward(meta, config)
         if any(value.requires_grad for value in call[:4]):
@@ -262,7 +250,7 @@ def backward(call: GatedCall, grad: Tensor) -> Gradients:
 
 
 def _backward(call: GatedCall, grad: Tensor, config: Config) -> Gradients:
-    plan = _plan_for("backward", call, config, grad, on_new=lambda: None)
+    plan = _plan_for("backward", call, config, grad)
     grads = [value.new_empty(value.shape) for value in call[:4]]
     parts = grads.copy()
     if plan.value_blocks > 1:

@@ -16,7 +16,6 @@ from torch import Tensor
 from subquad.ops import _triton
 from subquad.ops.linear_attention.call import USES_VALUE_MEAN, AttentionCall
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
 _WIDEST = 2**24  # stride of a token up to which offsets inside a tile fit 32 bits
 _FEW_TOKENS = 256  # a sweep too short to be shared
 
@@ -113,19 +112,13 @@ class Plan(NamedTuple):
     launch: _triton.Launcher
 
 
-_plans: dict[object, Plan] = {}
+_plans: _triton.Plans[Plan] = _triton.Plans()
 
 
 def plan_for(which: str, call: AttentionCall, config: Config, grad_o: Tensor | None = None) -> Plan:
-    """The plan of a call's shape class: made once, with all that the kernels are compiled for."""
-    tensors = tuple(_triton.facts(value) for value in (*call[:7], grad_o))
-    key = (which, config, call.v.device, call.normalizer, call.feature_map, tensors)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(call, config)
-    return plan
+    """The plan of a call's shape class: all that the kernels are compiled for."""
+    key = (which, config, call.normalizer, call.feature_map, *map(_triton.facts, (*call[:7], grad_o)))
+    return _plans.get(key, call.v, lambda: _make_plan(call, config))
 
 
 def _make_plan(call: AttentionCall, config: Config) -> Plan:

@@ -16,8 +16,6 @@ from torch import Tensor
 from subquad.ops import _triton
 from subquad.ops.neighborhood_attention.call import NeighborhoodCall
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
-
 
 class Config(NamedTuple):
     """Launch choices of a kernel for a shape class.
@@ -99,32 +97,23 @@ class Plan(NamedTuple):
     launch: _triton.Launcher
 
 
-_plans: dict[object, Plan] = {}
+_plans: _triton.Plans[Plan] = _triton.Plans()
 
 
 def plan_for(
     which: str, call: NeighborhoodCall, config: Config, *more: Tensor, on_new: Callable[[], None] | None = None
 ) -> Plan:
-    """The plan of a call's shape class: made once, with all that the kernel is compiled for.
+    """The plan of a call's shape class: all that the kernel is compiled for.
 
     Args:
         which: "forward", "queries" or "keys".
         call: with two axes.
         more: tensors besides the call's that the kernel sees.
-        on_new: called before the first launch of a shape class on a GPU.
+        on_new: see ``Plans.get``.
     """
     options = (*call.kernel_size, *call.dilation, *call.stride, *call.is_causal)
-    key = (which, config, call.q.device, options, *map(_triton.facts, (call.q, call.k, call.v, call.rpb, *more)))
-    if _triton.is_compiling_ahead():
-        return _make_plan(which, call, config)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(which, call, config)
-        if on_new is not None and call.q.is_cuda and not torch.cuda.is_current_stream_capturing():
-            on_new()
-    return plan
+    key = (which, config, options, *map(_triton.facts, (call.q, call.k, call.v, call.rpb, *more)))
+    return _plans.get(key, call.q, lambda: _make_plan(which, call, config), on_new)
 
 
 def _make_plan(which: str, call: NeighborhoodCall, config: Config) -> Plan:

@@ -17,8 +17,6 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,12 +37,7 @@ def _table(call: NeighborhoodCall) -> Tensor:
 
 def _compile_ahead(call: NeighborhoodCall) -> None:
     """Compile the kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    tensors: dict[str, Any] = {
-        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    meta = call._replace(**tensors)
+    meta = _triton.on_meta(call)
     with _triton.compiling_ahead(call.q.device):
         o, lse = _forward(meta, default_config("forward", call))
         if call.q.requires_grad:

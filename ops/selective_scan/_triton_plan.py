@@ -19,7 +19,6 @@ from subquad.ops import _triton
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
 LANES = 4
 
 
@@ -130,33 +129,29 @@ class Plan(NamedTuple):
         return max(map(len, self.batches))
 
 
-_plans: dict[object, Plan] = {}
+_plans: _triton.Plans[Plan] = _triton.Plans()
 
 
 def plan_for(
-    which: str, call: ScanCall, inputs: Inputs, config: Config, *more: Tensor | None, on_new: Callable[[], None]
+    which: str,
+    call: ScanCall,
+    inputs: Inputs,
+    config: Config,
+    *more: Tensor | None,
+    on_new: Callable[[], None] | None = None,
 ) -> Plan:
-    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+    """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward" or "backward".
         more: tensors besides ``inputs`` that the kernels see.
-        on_new: called before the first launches of a shape class on a GPU.
+        on_new: see ``Plans.get``.
     """
     key = (
-        which, config, call.x.device, tuple(call.routes), call.dt_softplus, call.out_dtype,
+        which, config, tuple(call.routes), call.dt_softplus, call.out_dtype,
         *map(_triton.facts, (*inputs.tensors, call.initial_state, call.table, *more)),
     )  # fmt: skip
-    if _triton.is_compiling_ahead():
-        return _make_plan(call, inputs, config)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(call, inputs, config)
-        if call.x.is_cuda and not torch.cuda.is_current_stream_capturing():
-            on_new()
-    return plan
+    return _plans.get(key, call.x, lambda: _make_plan(call, inputs, config), on_new)
 
 
 def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:

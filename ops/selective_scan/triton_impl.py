@@ -21,7 +21,7 @@ Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -119,12 +119,7 @@ def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
 
 def _compile_ahead(call: ScanCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    tensors: dict[str, Any] = {
-        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    meta = call._replace(**tensors)
+    meta = _triton.on_meta(call)
     with _triton.compiling_ahead(call.x.device):
         y, states = _forward(meta, config)
     if call.x.requires_grad:
@@ -205,7 +200,7 @@ def _backward(
     call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None, config: Config
 ) -> Gradients:
     inputs = kernel_inputs(call)
-    plan = plan_for("backward", call, inputs, config, states, grad_y, grad_last_state, on_new=lambda: None)
+    plan = plan_for("backward", call, inputs, config, states, grad_y, grad_last_state)
     x, meta = inputs.x, plan.meta
     batch, height, width, dim = x.shape
     n_routes, state, rank = len(call.routes), meta["N"], meta["RANK"]

@@ -33,7 +33,6 @@ from subquad.ops.window_attention._triton_kernels import (
 )
 from subquad.ops.window_attention.call import Gradients, WindowCall
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
 _BLOCK = 64
 """Rows of the largest tile."""
 
@@ -125,11 +124,11 @@ class _Plan(NamedTuple):
     launch: _triton.Launcher
 
 
-_plans: dict[object, _Plan] = {}
+_plans: _triton.Plans[_Plan] = _triton.Plans()
 
 
 def _plan_for(which: str, call: WindowCall, inputs: _Inputs, config: Config, *more: Tensor) -> _Plan:
-    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+    """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward" or "backward".
@@ -137,13 +136,8 @@ def _plan_for(which: str, call: WindowCall, inputs: _Inputs, config: Config, *mo
     """
     options = (tuple(call.window), tuple(call.shift), *call[8:])
     absent = call.table is None, call.pad_k is None, call.pad_v is None
-    key = (which, config, call.q.device, options, absent, *map(_triton.facts, (*inputs, *more)))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(call, config)
-    return plan
+    key = (which, config, options, absent, *map(_triton.facts, (*inputs, *more)))
+    return _plans.get(key, call.parts[0], lambda: _make_plan(call, config))
 
 
 def _make_plan(call: WindowCall, config: Config) -> _Plan:

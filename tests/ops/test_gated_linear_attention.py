@@ -325,14 +325,3 @@ def test_explain_says_why_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explanation.chosen == "torch" and set(explanation.passed_over) == {"triton"}
     with ops.use_backend("triton"), pytest.raises(ValueError, match="no implementation can serve this call"):
         gated_linear_attention(**_inputs(1, 2, 1, 16, 32))
-
-
-def test_kernels_run_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SUBQUAD_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("subquad.ops._triton.why_not", lambda x: None)  # as on a GPU
-    inputs = _to(_inputs(1, 2, 1, 16, 32), torch.float32)
-    explanation = ops.explain(gated_linear_attention, **inputs)
-    assert explanation.chosen == "torch" and "on trial" in explanation.passed_over["triton"]
-    with ops.use_backend("triton"):
-        assert ops.explain(gated_linear_attention, **inputs).chosen == "triton"

@@ -6,7 +6,6 @@ The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -35,13 +34,6 @@ class Case(NamedTuple):
     d_v: int = 32
     decay: float | str | None = None
     out: torch.dtype | None = None
-
-
-@pytest.fixture(autouse=True)
-def kernels_by_name() -> Iterator[None]:
-    """On a GPU they run only when asked for."""
-    with ops.use_backend("triton"):
-        yield
 
 
 SMALL = {

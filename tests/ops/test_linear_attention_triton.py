@@ -133,10 +133,11 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens are split from 17 on, into tiles of 32 and less."""
     pytest.importorskip("triton")
+    from subquad.ops import _triton
     from subquad.ops.linear_attention import _triton_plan
 
     monkeypatch.setattr(_triton_plan, "_FEW_TOKENS", 16)
-    monkeypatch.setattr(_triton_plan, "_plans", {})
+    monkeypatch.setattr(_triton_plan, "_plans", _triton.Plans())
     default = _triton_plan.default_config
     monkeypatch.setattr(_triton_plan, "default_config", lambda *args: default(*args)._replace(tokens=32))
 
@@ -242,6 +243,7 @@ def test_what_the_kernels_decline(shape: tuple[int, ...], dtype: torch.dtype, re
 
 
 def _plan_of(shape: tuple[int, ...]) -> Any:
+    from subquad.ops import _triton
     from subquad.ops.linear_attention import _triton_plan
 
     q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3))

@@ -84,6 +84,20 @@ def median_ms(function: Callable[[], object], device: torch.device, budget: Budg
     return 1e3 * timer.blocked_autorange(min_run_time=milliseconds / 1e3).median
 
 
+def graphed(function: Callable[[], object]) -> Callable[[], None]:
+    """Capture a call as a CUDA graph; the returned function replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def peak_mib(function: Callable[[], object], device: torch.device) -> float | None:
     """Peak GPU memory of one call beyond what was allocated before it; None on a CPU."""
     if device.type != "cuda":

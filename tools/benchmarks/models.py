@@ -265,7 +265,7 @@ def _times(model: nn.Module, work: _Work) -> report.Row:
             return {"status": f"FAIL: compiled logits differ by {difference:.2g} from eager, limit {_AMP_TOLERANCE:g}"}
     row: report.Row = {}
     row["infer_ms"], row["infer_cudnn_search"] = _better_setting(
-        lambda: _graphed(work.infer) if job.mode == "cuda graph" else work.infer, setting
+        lambda: measure.graphed(work.infer) if job.mode == "cuda graph" else work.infer, setting
     )
     row["infer_img_s"] = job.batch / row["infer_ms"] * 1e3
     if not job.train:
@@ -297,20 +297,6 @@ def _better_setting(make: Callable[[], Callable[[], object]], setting: Setting) 
             found[search] = measure.median_ms(make(), setting.device, setting.budget)
     best = min(found, key=lambda search: found[search])
     return found[best], best
-
-
-def _graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """Capture a call as a CUDA graph; the returned function replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 def _recorded(job: Job, gpu: str, dtype: torch.dtype) -> list[report.Row]:

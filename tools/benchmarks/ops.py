@@ -42,19 +42,25 @@ COLUMNS = (
     *("op", "variant", "shape", "dtype", "mode", "system", "backend", "status", "error", "error_of", "first_s"),
     *("fwd_ms", "fwd_floor_ms", "fwd_floor_x", "fwd_gb_s", "fwd_tflop_s", "fwd_vs_ours"),
     *("fb_ms", "fb_floor_ms", "fb_floor_x", "fb_gb_s", "fb_tflop_s", "fb_vs_ours", "peak_mib"),
+    *("fwd_graph_ms", "fb_graph_ms"),
     *("fwd_memory_floor_ms", "fwd_exp_floor_ms", "fb_memory_floor_ms", "fb_exp_floor_ms"),
 )
 SHOWN = (
     *("variant", "shape", "mode", "system", "backend", "status", "error", "first_s"),
     *("fwd_ms", "fwd_floor_ms", "fwd_floor_x", "fwd_gb_s", "fwd_tflop_s", "fwd_vs_ours"),
     *("fb_ms", "fb_floor_ms", "fb_floor_x", "fb_gb_s", "fb_tflop_s", "fb_vs_ours", "peak_mib"),
+    *("fwd_graph_ms", "fb_graph_ms"),
 )
-ANNOUNCED = ("variant", "shape", "mode", "system", "status", "fwd_ms", "fwd_floor_x", "fb_ms", "fb_floor_x")
+ANNOUNCED = (
+    *("variant", "shape", "mode", "system", "status", "fwd_ms", "fwd_floor_x", "fwd_graph_ms"),
+    *("fb_ms", "fb_floor_x", "fb_graph_ms"),
+)
 LEGEND = (
     "fwd: forward; fb: forward + backward to all inputs and parameters; floor: the larger of bytes / copy bandwidth "
     "and exponentials / exp2 rate; floor_x: time / floor; gb_s: unavoidable bytes / time; vs_ours: time / our time in "
     "the same mode (above 1: ours is faster); error: worst relative L2 error of output and gradients; first_s: first "
-    "forward + backward, with compilation; peak_mib: of forward + backward, beyond the inputs."
+    "forward + backward, with compilation; peak_mib: of forward + backward, beyond the inputs; graph_ms: replayed as a "
+    "CUDA graph, so without the time of the host (blank where the call cannot be captured)."
 )
 
 
@@ -292,7 +298,17 @@ def _times(
         row[f"{name}_ms"] = milliseconds
         row[f"{name}_gb_s"] = traffic / milliseconds / 1e6
         row[f"{name}_tflop_s"] = operations / milliseconds / 1e9
+        if setting.device.type == "cuda":
+            row[f"{name}_graph_ms"] = _graph_ms(function, setting)
     return row
+
+
+def _graph_ms(function: Callable[[], object], setting: Setting) -> float | None:
+    """Milliseconds of a call replayed as a CUDA graph; None if it cannot be captured."""
+    try:
+        return measure.median_ms(measure.graphed(function), setting.device, setting.budget)
+    except RuntimeError:
+        return None
 
 
 def _flops(entry: OpEntry, case: Case, inputs: Inputs) -> tuple[int, int]:
