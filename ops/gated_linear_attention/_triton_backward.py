@@ -112,7 +112,6 @@ def gated_linear_attention_bwd_kernel(
         b_totalb = tl.exp2(tl.sum(b_gb, 0))
         b_f = _sums(b_up_to, b_gf, DOT)
         b_b = _sums(b_from, b_gb, DOT)
-        # Nothing that is an operand of products on both sides leaves the branches, see the forward kernel.
         if _may_invert(b_f, b_b):
             b_pf, b_rf = tl.exp2(b_f), tl.exp2(-b_f)
             b_ql = (b_q * b_pf).to(DOT)

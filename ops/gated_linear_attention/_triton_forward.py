@@ -193,8 +193,6 @@ def gated_linear_attention_fwd_kernel(
             K, V, TWO_LEVEL,
         )  # fmt: skip
         b_o += _dot(b_q * b_pb, b_p, DOT, PRECISION)
-        # Nothing but A leaves the branches: with triton 3.6 on sm_90 operands of products that came from both sides of
-        # a branch were wrong.
         if _may_invert(b_f, b_b):
             b_pairs = _dot(b_q * b_pf, tl.trans(b_k * tl.exp2(-b_f)), DOT, PRECISION)
             b_A += tl.where(o_t[:, None] >= o_t[None, :], b_pairs, 0.0)
