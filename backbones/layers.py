@@ -96,8 +96,11 @@ def scan_routes(
     routes: list[int],
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``selective_scan`` with A = -exp(A_log) and routes as codes (``ROUTES``): sum in float32, and the last states."""
-    out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """``selective_scan`` with A = -exp(A_log) and routes as codes (``ROUTES``): the sum, and the last states.
+
+    The sum is in x's dtype, but in float32 for float16, whose range sums of states may leave.
+    """
+    out_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     A = -torch.exp(_wide(A_log))
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.
@@ -147,10 +150,24 @@ def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | st
         raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
 
 
-class WideLayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, which may be wider than that of its weights."""
+class InputLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, whatever that of its weights, also under autocast.
+
+    For a norm between an op and a projection, which round to that dtype anyway: autocast would write and keep the map
+    in float32. Statistics are in float32 either way.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._norm(x)
+        else:  # TorchScript leaves out branches, not what stands behind them
+            kind = x.device.type
+            if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+                return self._norm(x)
+            with torch.autocast(kind, enabled=False):
+                return self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

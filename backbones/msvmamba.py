@@ -21,9 +21,9 @@ from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 from subquad.backbones.layers import (
     FRAME_NAMES,
+    InputLayerNorm,
     MapConv2d,
     ScanParameters,
-    WideLayerNorm,
     check_scan_sizes,
     fit_scan_weights,
     frame,
@@ -88,7 +88,7 @@ class MultiScaleSS2D(ScanParameters):
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
         self.conv = MapConv2d(inner, inner, 3, padding=1, groups=inner, **dd)
         self.half_conv = MapConv2d(inner, inner, 7, stride=2, padding=3, groups=inner, **dd)
-        self.out_norm = WideLayerNorm(inner, eps=1e-5, **dd)
+        self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
         self.se = SqueezeExcite(inner, max(1, inner // 8), **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()

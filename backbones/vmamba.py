@@ -19,9 +19,9 @@ from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 from subquad.backbones.layers import (
     FRAME_NAMES,
+    InputLayerNorm,
     MapConv2d,
     ScanParameters,
-    WideLayerNorm,
     check_scan_sizes,
     fit_scan_weights,
     frame,
@@ -71,7 +71,7 @@ class SS2D(ScanParameters):
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
         self.conv = MapConv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias, **dd)
-        self.out_norm = WideLayerNorm(inner, eps=1e-5, **dd)
+        self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()

@@ -60,8 +60,8 @@ class Config(NamedTuple):
 
 
 _CONFIGS = {
-    # No chunks of 64: slower, and triton 3.6 then takes other tensor core instructions, with which some kernels are wrong
-    # on sm_90 (see NOTES.md).
+    # No chunks of 64: slower, and the tensor core instructions that triton 3.6 then takes on sm_90 make some kernels
+    # wrong (see NOTES.md).
     ("forward", "16-bit operands"): Config(chunk=32, keys=32, values=64, warps=2, registers=255, waves=4),
     ("forward", "32-bit operands"): Config(chunk=32, keys=32, values=64, warps=4, registers=255, waves=4),
     ("forward", "many keys"): Config(chunk=32, keys=32, values=32, warps=4, registers=255, waves=4),

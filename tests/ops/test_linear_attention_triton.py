@@ -243,7 +243,6 @@ def test_what_the_kernels_decline(shape: tuple[int, ...], dtype: torch.dtype, re
 
 
 def _plan_of(shape: tuple[int, ...]) -> Any:
-    from subquad.ops import _triton
     from subquad.ops.linear_attention import _triton_plan
 
     q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3))
