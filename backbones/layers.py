@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, StageSpec, resample_position
 from subquad.ops import linear_attention, selective_scan
+from subquad.ops.maps import crop
 from subquad.ops.selective_scan import ROUTES
 
 
@@ -250,16 +251,7 @@ def ceil_to(size: int, multiple: int) -> int:
 @register_notrace_function
 def crop_to(x: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of x, (B, H, W, ...)."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
-        # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        x = x.index_select(2, torch.arange(width, device=x.device))
-    else:
-        x = x[:, :height, :width]
-    return x
+    return crop(x, [height, width])
 
 
 class PatchEmbed(nn.Module):

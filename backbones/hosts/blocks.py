@@ -10,6 +10,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
+from subquad.backbones.layers import crop_to
 from subquad.backbones.mixers import projections
 
 
@@ -28,12 +29,7 @@ def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
     batch = x.shape[0] // (rows * columns)
     x = x.unflatten(0, (batch, rows, columns)).unflatten(3, (side, side)).transpose(2, 3)
-    return crop(x.flatten(3, 4).flatten(1, 2), height, width)
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left of maps, as a copy: whether a view is contiguous would depend on sizes, and export fixes that."""
-    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    return crop_to(x.flatten(3, 4).flatten(1, 2), height, width)
 
 
 class MixerBlock(nn.Module):

@@ -12,8 +12,8 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
-from subquad.backbones.hosts.blocks import SoftmaxAttention, crop
-from subquad.backbones.layers import DepthwiseConv
+from subquad.backbones.hosts.blocks import SoftmaxAttention
+from subquad.backbones.layers import DepthwiseConv, crop_to
 from subquad.backbones.mixers import InjectiveAttention
 
 
@@ -38,7 +38,7 @@ def from_stripes(x: Tensor, vertical: bool, height: int, width: int) -> Tensor:
     else:
         count = (height + x.shape[1] - 1) // x.shape[1]
         x = x.unflatten(0, (x.shape[0] // count, count)).flatten(1, 2)
-    return crop(x, height, width)
+    return crop_to(x, height, width)
 
 
 class Stripes(nn.Module):

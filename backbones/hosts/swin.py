@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers, weights
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock, crop, from_windows, to_windows
+from subquad.backbones.hosts.blocks import MixerBlock, from_windows, to_windows
 from subquad.backbones.hosts.origins import host_cfg, slab_cfg
-from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
+from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, crop_to, in_turn
 from subquad.backbones.mixers import find_mixer
 from subquad.backbones.prepbn import find_norm, fit_norms
 from subquad.backbones.registry import register_variants
+from subquad.ops.maps import exporting
 
 __all__ = ["MixerSwin"]
 
@@ -150,10 +151,7 @@ def shift_of(window: int, shift: int, height: int, width: int) -> int:
 @register_notrace_function
 def rolled(x: Tensor, shift: int) -> Tensor:
     """Maps (B, H, W, C) rolled down and right by ``shift`` pixels."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:  # ONNX cannot roll by a number that depends on the image
+    if exporting():  # ONNX cannot roll by a number that depends on the image
         for axis in (1, 2):
             source = torch.arange(x.shape[axis], device=x.device) - shift
             source = source + x.shape[axis] * ((source < 0).int() - (source >= x.shape[axis]).int())
@@ -174,7 +172,7 @@ def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
 def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
     """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
     x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
-    return crop(rolled(x, shift), height, width)
+    return crop_to(rolled(x, shift), height, width)
 
 
 @register_notrace_function
