@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subquad.ops.maps import crop, exporting
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
-from subquad.ops.neighborhood_attention.arguments import per_axis
+from subquad.ops.neighborhood_attention.arguments import check_stride, per_axis
 from subquad.ops.neighborhood_attention.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -51,8 +51,7 @@ class _NeighborhoodAttention(nn.Module):
         self.stride = per_axis(name, "stride", stride, self.axes)
         self.is_causal = per_axis(name, "is_causal", is_causal, self.axes, bool)
         for axis, (step, kernel) in enumerate(zip(self.stride, self.kernel_size, strict=True)):
-            if step > kernel:
-                raise ValueError(f"{name}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
+            check_stride(name, axis, step, kernel)
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else float(qk_scale)
         self.pad_small_maps = pad_small_maps
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)

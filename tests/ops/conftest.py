@@ -136,7 +136,7 @@ def _assert_shapes_without_data(operator: Any, call: Sequence[Any]) -> None:
 
 
 def _assert_compiles(function: Callable[[dict[str, Tensor]], Tensor], *inputs: dict[str, Tensor]) -> None:
-    """One graph, compiled at most twice, serves inputs of every size: values and gradients, in float64."""
+    """One graph, compiled once, serves inputs of every size: values and gradients, in float64."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for trial, tensors in enumerate(inputs):
