@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import ops
@@ -96,6 +97,9 @@ CASES: dict[str, Arguments] = {
     "one_row": _inputs(1, 9, shift=(0, 1), heads=1, dim=1),
     "one_pixel": _inputs(1, 1, window=1),
     "scale": _inputs(scale=0.0),
+    "shift_of_a_large_map": _inputs(9, 6, shift=2, order="pad_roll", drop_shift="map"),
+    "shift_of_a_small_map": _inputs(4, 9, shift=2, order="pad_roll", drop_shift="map"),
+    "shift_of_an_axis": _inputs(9, 3, shift=2, drop_shift="axis"),
 }
 cases = pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
 
@@ -172,6 +176,20 @@ def test_order_matters_on_ragged_maps_only() -> None:
         assert torch.allclose(first, second, rtol=EXACT, atol=EXACT) != differs
 
 
+@pytest.mark.parametrize(
+    ("size", "axis", "whole"),
+    [((5, 9), (2, 1), (2, 1)), ((4, 9), (0, 1), (0, 0)), ((9, 3), (2, 0), (0, 0)), ((1, 4), (0, 0), (0, 0))],
+    ids=str,
+)
+def test_maps_of_one_window_lose_shifts(
+    size: tuple[int, int], axis: tuple[int, int], whole: tuple[int, int], assert_close: Any
+) -> None:
+    for drop, expected in (("never", (2, 1)), ("axis", axis), ("map", whole)):
+        for backend in ("torch", "reference"):
+            mine = _run(_inputs(*size, shift=(2, 1), order="pad_roll", drop_shift=drop), backend)
+            assert_close(mine, _run(_inputs(*size, shift=expected, order="pad_roll")), EXACT)
+
+
 def test_packed_projection() -> None:
     arguments = _inputs(9, 11, shift=2)
     qkv = torch.stack([arguments.pop(name) for name in ("q", "k", "v")], dim=3).requires_grad_()
@@ -235,8 +253,13 @@ def test_keeps_inputs_output_and_a_number_a_head() -> None:
 
 OPTIONS = pytest.mark.parametrize(
     "options",
-    [{"shift": 2}, {"bias": False, "pad": False, "order": "pad_roll"}, {"packed": True}],
-    ids=["shifted", "plain", "packed"],
+    [
+        {"shift": 2},
+        {"bias": False, "pad": False, "order": "pad_roll"},
+        {"packed": True},
+        {"shift": 2, "window": (3, 6), "drop_shift": "axis"},
+    ],
+    ids=["shifted", "plain", "packed", "dropped"],
 )
 
 
@@ -310,6 +333,34 @@ def test_exported_program_at_sizes_that_were_not_traced(order: str, assert_expor
     assert_exports(attend, {OPERATOR: export_form}, _maps, (2, 9, 12), (3, 6, 21), (1, 17, 8))
 
 
+@pytest.mark.parametrize("drop", ["axis", "map"])
+def test_exported_program_drops_the_shifts_of_the_map_at_hand(drop: str, assert_exports: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q, k, v, 4, (2, 1), table=table, order="pad_roll", drop_shift=drop)
+
+    table, sizes = _inputs()["table"], ((3, 6, 21), (1, 3, 9), (2, 5, 4), (1, 2, 3))
+    assert_exports(attend, {OPERATOR: export_form}, _maps, (2, 9, 12), *sizes, guards=False)
+
+
+@pytest.mark.parametrize("order", ["roll_pad", "pad_roll"])
+def test_onnx_rolls_by_the_map_at_hand(order: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason='ONNX needs pip install "subquad[export]"')
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return window_attention(q, q, q, 4, (2, 1), order=order, drop_shift="axis")
+
+    (example, *_), axes = _maps(2, 9, 12), ({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO},)
+    program = torch.export.export(Attention(), (example.float(),), dynamic_shapes=axes)
+    written = torch.onnx.export(program.run_decompositions({OPERATOR: export_form}), dynamo=True, verbose=False)
+    assert written is not None
+    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for size in ((3, 6, 21), (1, 3, 9), (2, 5, 4)):
+        q = _maps(*size)[0].float()
+        (o,) = session.run(None, {session.get_inputs()[0].name: q.numpy()})
+        torch.testing.assert_close(torch.from_numpy(o), Attention()(q), rtol=0, atol=1e-6 * q.abs().max().item())
+
+
 def _maps(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
     return tuple(_inputs(height, width, batch=batch)[name] for name in ("q", "k", "v"))
 
@@ -342,6 +393,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "shift": (lambda _: {"shift": (1, 4)}, ValueError, ("on axis 1 shift must be below the window's 4, got 4",)),
     "negative_shift": (lambda _: {"shift": -1}, ValueError, ("shift must be an integer from 0 on", "-1")),
     "order": (lambda _: {"order": "pad"}, ValueError, ("unknown order 'pad'", "'roll_pad', 'pad_roll'")),
+    "drop": (lambda _: {"drop_shift": "both"}, ValueError, ("unknown drop_shift 'both'", "'never', 'axis', 'map'")),
     "index": (lambda _: {"index": "kq"}, ValueError, ("unknown index 'kq'", "'q-k', 'k-q'")),
     "mask": (lambda _: {"mask_value": 1.0}, ValueError, ("mask_value must not be positive, got 1.0",)),
     "grid": (lambda _: {"grid": True}, ValueError, ("on axis 0 a grid of 4 must divide the map's 7",)),
