@@ -298,6 +298,13 @@ def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[
             raise ValueError(f"num_heads must cut the channels into even parts, got {heads} heads for {dim} channels")
 
 
+def check_per_stage(depths: Sequence[int], **options: Sequence[Any]) -> None:
+    """Raises ValueError, naming the option, unless each has one entry a stage."""
+    for name, values in options.items():
+        if len(values) != len(depths):
+            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
+
+
 # Stems and downsampling of VMamba's frame ------------------------------------------------------------------------
 
 

@@ -10,18 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import resize_rel_pos_bias_table, to_2tuple
+from timm.layers import resize_rel_pos_bias_table
 from timm.models import generate_default_cfgs, register_notrace_function
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock
-from subquad.backbones.hosts.origins import host_cfg, slab_cfg
+from subquad.backbones.hosts.blocks import MixerBlock, check_mixer_blocks, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.layers import PatchEmbed, PatchMerging, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 from subquad.ops import window_attention_packed
 from subquad.ops.maps import exporting
@@ -75,14 +75,11 @@ class MixerSwin(Pyramid):
     ) -> None:
         dims = [embed_dim * 2**i for i in range(len(depths))]
         check_heads(depths, dims, num_heads)
-        if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
-            raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
-        if len(mixer_options) < len(depths):
-            raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
+        check_mixer_blocks(depths, mixer_blocks, mixer_options)
         make_mixer, make_norm = find_mixer(mixer), find_norm(norm, 1e-5, norm_steps)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
-            height, width = (max(1, side // (patch_size * 2**i)) for side in to_2tuple(img_size))
+            height, width = map_size(img_size, patch_size * 2**i)
             side = min(height, width)
             # Upstream sees a map that is not square in square windows of its shorter side.
             linear = partial(
@@ -186,9 +183,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    state = weights.rename(weights.unwrap(state_dict), _NAMES)
+    state = read_host(state_dict, expected, _NAMES)
     state = {_of_window(name, expected): value for name, value in state.items()}
-    state = fit_norms(mixers.fit_mixers(state, expected), expected)
     for name, value in state.items():
         if name.endswith("relative_position_bias_table") and name in expected and value.shape != expected[name].shape:
             side = (int(expected[name].shape[0] ** 0.5) + 1) // 2
