@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.images import check_images
+from subquad.ops.maps import exporting
 
 Factory = Callable[..., nn.Module]
 
@@ -478,11 +479,8 @@ def init_layer(module: nn.Module, name: str, needs_reset: bool) -> None:
 @register_notrace_function
 def resample_position(pos_embed: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Position embedding (1, H0, W0, C) for a map of another size, (1, height, width, C), in float32 (or float64)."""
-    # An exported program would keep a branch on sizes as it was for the example; resampling to the same size is exact.
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if not exporting and pos_embed.shape[1] == height and pos_embed.shape[2] == width:
+    # Not a branch in an exported program; resampling to the same size is exact.
+    if not exporting() and pos_embed.shape[1] == height and pos_embed.shape[2] == width:
         return pos_embed
     wide = pos_embed if pos_embed.dtype == torch.float64 else pos_embed.float()
     resampled = F.interpolate(wide.permute(0, 3, 1, 2), size=[height, width], mode=mode)

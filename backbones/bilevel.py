@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.layers import DepthwiseConv, ceil_to, crop_to
 from subquad.ops import region_attention, route_regions
+from subquad.ops.maps import exporting
 
 __all__ = ["BiLevelRoutingAttention"]
 
@@ -20,12 +21,8 @@ _POOLS = ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpool")
 @register_notrace_function
 def pad_to_regions(x: Tensor, count: int) -> Tensor:
     """A map (B, H, W, C) with zeros below and to the right, its sides multiples of ``count``."""
-    # An exported program would keep a branch on sizes as it was for the example.
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
     bottom, right = ceil_to(x.shape[1], count) - x.shape[1], ceil_to(x.shape[2], count) - x.shape[2]
-    if exporting or bottom > 0 or right > 0:
+    if exporting() or bottom > 0 or right > 0:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
 
@@ -33,12 +30,8 @@ def pad_to_regions(x: Tensor, count: int) -> Tensor:
 @register_notrace_function
 def region_size(x: Tensor, count: int) -> list[int]:
     """Height and width of the regions of a map (B, H, W, C), ``count`` of them along a side that is long enough."""
-    # An exported program would keep a branch on sizes as it was for the example.
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
     size = [x.shape[1] // count, x.shape[2] // count]
-    if not exporting:
+    if not exporting():
         size = [max(size[0], 1), max(size[1], 1)]
     return size
 
@@ -49,10 +42,7 @@ def choose_regions(q: Tensor, k: Tensor, topk: int, size: list[int]) -> Tensor:
 
     All regions, where there are fewer than ``topk``.
     """
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if not exporting:
+    if not exporting():
         topk = min(topk, -(-k.shape[1] // size[0]) * -(-k.shape[2] // size[1]))
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.

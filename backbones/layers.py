@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, StageSpec, resample_position
 from subquad.ops import linear_attention, selective_scan
+from subquad.ops.maps import crop
 from subquad.ops.selective_scan import ROUTES
 
 
@@ -267,16 +268,7 @@ def ceil_to(size: int, multiple: int) -> int:
 @register_notrace_function
 def crop_to(x: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of x, (B, H, W, ...)."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:
-        # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        x = x.index_select(2, torch.arange(width, device=x.device))
-    else:
-        x = x[:, :height, :width]
-    return x
+    return crop(x, [height, width])
 
 
 class PatchEmbed(nn.Module):
@@ -321,6 +313,13 @@ def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[
     for dim, heads in zip(dims, num_heads, strict=True):
         if heads < 1 or dim < 1 or dim % heads or dim // heads % 2:
             raise ValueError(f"num_heads must cut the channels into even parts, got {heads} heads for {dim} channels")
+
+
+def check_per_stage(depths: Sequence[int], **options: Sequence[Any]) -> None:
+    """Raises ValueError, naming the option, unless each has one entry a stage."""
+    for name, values in options.items():
+        if len(values) != len(depths):
+            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
 
 
 # Stems and downsampling of VMamba's frame ------------------------------------------------------------------------

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Factory, Pyramid, StageSpec
-from subquad.backbones.layers import DepthwiseConv, attend, check_heads, in_turn, rotary_by_head, rotate
+from subquad.backbones.layers import (
+    DepthwiseConv,
+    attend,
+    check_heads,
+    check_per_stage,
+    in_turn,
+    rotary_by_head,
+    rotate,
+)
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -301,9 +309,7 @@ def _check_stages(
     mlp_ratios: Sequence[float],
     layer_scale: Sequence[float | None],
 ) -> None:
-    for name, values in (("linear", linear), ("mlp_ratio", mlp_ratios), ("layer_scale", layer_scale)):
-        if len(values) != len(depths):
-            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
+    check_per_stage(depths, linear=linear, mlp_ratio=mlp_ratios, layer_scale=layer_scale)
     for depth, kinds in zip(depths, linear, strict=True):
         if not isinstance(kinds, bool) and len(kinds) != depth:
             raise ValueError(f"linear must have one entry for each of {depth} blocks, got {tuple(kinds)}")

@@ -1,15 +1,17 @@
-"""The blocks of the hosts, on maps and on tokens, and windows of maps."""
+"""The blocks of the hosts, on maps and on tokens, windows of maps, and what hosts check."""
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, to_2tuple
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
+from subquad.backbones.layers import crop_to
 from subquad.backbones.mixers import projections
 
 
@@ -28,25 +30,18 @@ def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
     batch = x.shape[0] // (rows * columns)
     x = x.unflatten(0, (batch, rows, columns)).unflatten(3, (side, side)).transpose(2, 3)
-    return crop(x.flatten(3, 4).flatten(1, 2), height, width)
+    return crop_to(x.flatten(3, 4).flatten(1, 2), height, width)
 
 
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left of maps, as a copy: whether a view is contiguous would depend on sizes, and export fixes that."""
-    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-
-
-class MixerBlock(nn.Module):
-    """Pre-norm residual block on maps (B, H, W, dim): a mixer and an MLP.
+class Block(nn.Module):
+    """What the pre-norm residual blocks are made of: a mixer and an MLP, each behind a norm.
 
     Args:
         dim: channels.
         mixer: called as ``mixer(dim, device=, dtype=)``.
         mlp_ratio: hidden size of the MLP over the channels.
         norm: called as ``norm(dim, device=, dtype=)``.
-        window: side of the square windows that the mixer sees one by one, 0 for the whole map.
-        mlp: called as ``mlp(dim, hidden, device=, dtype=)``, on maps.
-        out_norm: a norm behind the block.
+        mlp: called as ``mlp(dim, hidden, device=, dtype=)``.
     """
 
     def __init__(
@@ -56,22 +51,34 @@ class MixerBlock(nn.Module):
         mixer: Factory,
         mlp_ratio: float,
         norm: Factory,
-        window: int = 0,
         mlp: Factory = Mlp,
-        out_norm: bool = False,
         drop_path: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.window = window
         self.norm1 = norm(dim, **dd)
         self.attn = mixer(dim, **dd)
         self.norm2 = norm(dim, **dd)
         self.mlp = mlp(dim, int(dim * mlp_ratio), **dd)
-        self.out_norm = norm(dim, **dd) if out_norm else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+
+class MixerBlock(Block):
+    """Block on maps (B, H, W, dim).
+
+    Args:
+        dim, block: arguments of ``Block``; the MLP is called with maps.
+        window: side of the square windows that the mixer sees one by one, 0 for the whole map.
+        out_norm: a norm behind the block.
+    """
+
+    def __init__(self, dim: int, *, window: int = 0, out_norm: bool = False, **block: Any) -> None:
+        super().__init__(dim, **block)
+        self.window = window
+        dd = {"device": block.get("device"), "dtype": block.get("dtype")}
+        self.out_norm = block["norm"](dim, **dd) if out_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
@@ -85,27 +92,8 @@ class MixerBlock(nn.Module):
         return self.out_norm(x + self.drop_path(self.mlp(self.norm2(x))))
 
 
-class TokenBlock(nn.Module):
-    """Pre-norm residual block on tokens (B, N, dim), prefix tokens in front: a mixer and an MLP."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mixer: Factory,
-        mlp_ratio: float,
-        norm: Factory,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm(dim, **dd)
-        self.attn = mixer(dim, **dd)
-        self.norm2 = norm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+class TokenBlock(Block):
+    """Block on tokens (B, N, dim), prefix tokens in front; arguments as in ``Block``."""
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), [height, width]))
@@ -124,3 +112,19 @@ class SoftmaxAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
         o = F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(o.transpose(1, 2).flatten(2))
+
+
+def map_size(img_size: int | tuple[int, int], reduction: int) -> tuple[int, int]:
+    """Height and width, at least 1, of the map whose pixels are ``reduction`` pixels of an image wide."""
+    height, width = to_2tuple(img_size)
+    return max(1, height // reduction), max(1, width // reduction)
+
+
+def check_mixer_blocks(
+    depths: Sequence[int], mixer_blocks: Sequence[int], mixer_options: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises ValueError unless each stage has as many blocks as are to have the mixer, and options for it."""
+    if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
+        raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
+    if len(mixer_options) < len(depths):
+        raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.origins import host_cfg, slab_cfg
+from subquad.backbones.hosts.blocks import check_mixer_blocks, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.hosts.stripes import CrossShapedAttention, CrossShapedBlock, softmax_attention
 from subquad.backbones.layers import ConvDownsample, PatchEmbed, check_heads, in_turn
 from subquad.backbones.mixers import BARE_MIXERS
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerCSWin"]
@@ -79,7 +79,7 @@ class MixerCSWin(Pyramid):
         make_norm, mlp = find_norm(norm, 1e-5, norm_steps), mlp_ratio
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
-            height, width = (max(1, side // 2 ** (i + 2)) for side in to_2tuple(img_size))
+            height, width = map_size(img_size, 4 * 2**i)
             attention = partial(CrossShapedAttention, num_heads=heads, resolution=(height, width))
             linear = partial(
                 attention,
@@ -89,7 +89,7 @@ class MixerCSWin(Pyramid):
             stripe = _effective(stripes[i], height, width) if i < len(depths) - 1 else 0
             softmax = partial(attention, mixer=softmax_attention, stripe=stripe)
             kinds = [linear] * mixer_blocks[i] + [softmax] * (depth - mixer_blocks[i])
-            blocks = [partial(CrossShapedBlock, attention=kind, mlp_ratio=mlp, norm=make_norm) for kind in kinds]
+            blocks = [partial(CrossShapedBlock, mixer=kind, mlp_ratio=mlp, norm=make_norm) for kind in kinds]
             downsample = partial(ConvDownsample, norm=make_norm) if i else None
             stages.append(StageSpec(dim, depth, 4 * 2**i, block=in_turn(blocks), downsample=downsample))
         dd = {"device": device, "dtype": dtype}
@@ -112,14 +112,11 @@ def _check_stages(
 ) -> None:
     if mixer not in BARE_MIXERS:
         raise ValueError(f"unknown mixer {mixer!r} for CSWin, expected one of {list(BARE_MIXERS)}")
-    if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
-        raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
     if len(stripes) < len(depths) - 1 or any(width < 1 for width in stripes):
         raise ValueError(f"stripes must have a width for each of {len(depths)} stages but the last, got {stripes}")
     if len(mixer_stripes) != len(depths) or any(width < 0 for width in mixer_stripes):
         raise ValueError(f"mixer_stripes must have a width for each of {len(depths)} stages, got {mixer_stripes}")
-    if len(mixer_options) < len(depths):
-        raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
+    check_mixer_blocks(depths, mixer_blocks, mixer_options)
     if mixer == "inline" and any(mixer_stripes):
         raise ValueError(f"inline predicts one kernel for the whole map, got mixer_stripes={tuple(mixer_stripes)}")
 
@@ -146,10 +143,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    state = mixers.fit_mixers(weights.rename(weights.unwrap(state_dict), _NAMES), expected)
+    state = read_host(state_dict, expected, _NAMES)
     # SLAB's checkpoints have scales in this host, which nothing uses.
-    state = {name: value for name, value in state.items() if name in expected or not name.endswith(".attn.scale")}
-    return fit_norms(state, expected)
+    return {name: value for name, value in state.items() if name in expected or not name.endswith(".attn.scale")}
 
 
 def _cfg(mixer: str, share: str = "", name: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Isotropic
-from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock
-from subquad.backbones.hosts.origins import host_cfg, slab_cfg
+from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.layers import PatchEmbed, in_turn
 from subquad.backbones.mixers import PREFIX_MIXERS, find_mixer
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerDeiT"]
@@ -70,7 +69,7 @@ class MixerDeiT(Isotropic):
     ) -> None:
         if agents is not None and len(agents) != depth:
             raise ValueError(f"agents must have one entry for each of {depth} blocks, got {tuple(agents)}")
-        height, width = (max(1, side // patch_size) for side in to_2tuple(img_size))
+        height, width = map_size(img_size, patch_size)
         attention = partial(_find_mixer(mixer, class_token), num_heads=num_heads, resolution=(height, width))
         softmax = partial(SoftmaxAttention, num_heads=num_heads)
         kinds: list[Factory] = [softmax if mixer == "softmax" else attention] * depth
@@ -117,8 +116,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    state = mixers.fit_mixers(weights.rename(weights.unwrap(state_dict), _NAMES), expected)
-    state = fit_norms(state, expected)
+    state = read_host(state_dict, expected, _NAMES)
     if "prefix_tokens" not in expected:
         state.pop("prefix_tokens", None)  # in SLAB's checkpoints, never used
     positions = state.get("pos_embed")

@@ -9,8 +9,8 @@ import torch
 from timm.models.pvt_v2 import Attention, OverlapPatchEmbed
 from torch import Tensor, nn
 
-from subquad.backbones.hosts.blocks import MixerBlock, SoftmaxAttention, TokenBlock
-from subquad.backbones.hosts.stripes import CrossShapedAttention, CrossShapedBlock
+from subquad.backbones.hosts.blocks import Block, SoftmaxAttention
+from subquad.backbones.hosts.stripes import CrossShapedAttention
 from subquad.backbones.layers import ConvDownsample, PatchEmbed, PatchMerging
 from subquad.backbones.mixers import AgentAttention, PositionedMixer
 from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, affine_of
@@ -42,7 +42,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
             _fold_forwards(module, "norm", [module.reduction])
         elif isinstance(module, Attention):
             _fold_forwards(module, "norm", [module.kv])
-        elif isinstance(module, MixerBlock | TokenBlock | CrossShapedBlock):
+        elif isinstance(module, Block):
             _fold_forwards(module, "norm1", _readers(module))
             _fold_forwards(module, "norm2", [module.mlp.fc1])  # type: ignore[list-item]
     for module in list(model.modules()):
@@ -54,7 +54,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def _readers(block: MixerBlock | TokenBlock | CrossShapedBlock) -> list[Any]:
+def _readers(block: Block) -> list[Any]:
     """The layers that alone see what a block's first norm gives, as it is; none if others do, or zeros are added."""
     attention = block.attn
     if getattr(block, "window", 0) > 0:

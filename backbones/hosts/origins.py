@@ -1,9 +1,14 @@
-"""Where the mixers come from: what the default cfgs of all hosts say of them."""
+"""Where the mixers come from: what the default cfgs of all hosts say of them, and how their files are read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from subquad.backbones import mixers, weights
+from subquad.backbones.prepbn import fit_norms
 from subquad.backbones.registry import default_cfg
 
 _NO_LICENSE = "The official code has no licence file, and none is stated for the weights."
@@ -65,3 +70,19 @@ def slab_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
     """Default cfg for a file of SLAB's release, which holds models with its mixer and such with its norm alone."""
     folder = "https://github.com/xinghaochen/SLAB/releases/download/ckpts/"
     return default_cfg(f"{name}.pth", folder=folder, **_ORIGINS["slab"], **kwargs)
+
+
+def read_host(
+    state_dict: Mapping[str, Any], expected: Mapping[str, Tensor], names: Sequence[tuple[str, str | None]]
+) -> dict[str, Tensor]:
+    """An official checkpoint under our names, mixers and norms in the form of the model; ours pass unchanged.
+
+    Args:
+        expected: state dict of the model.
+        names: official names to ours, in order.
+
+    Raises:
+        ValueError: if there are no tensors in it (see ``weights.unwrap``).
+    """
+    state = weights.rename(weights.unwrap(state_dict), names)
+    return fit_norms(mixers.fit_mixers(state, expected), expected)

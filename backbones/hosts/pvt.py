@@ -10,18 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Pyramid, StageSpec, resample_position
-from subquad.backbones.hosts.blocks import MixerBlock
-from subquad.backbones.hosts.origins import host_cfg, slab_cfg
-from subquad.backbones.layers import PatchEmbed, check_heads
+from subquad.backbones.hosts.blocks import MixerBlock, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
+from subquad.backbones.layers import PatchEmbed, check_heads, check_per_stage
 from subquad.backbones.mixers import find_mixer, fit_position
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerPVT"]
@@ -107,19 +107,15 @@ class MixerPVT(Pyramid):
         **pyramid: Any,
     ) -> None:
         check_heads(depths, dims, num_heads)
-        given: dict[str, Sequence[Any]] = {"mlp_ratios": mlp_ratios, "mixer_stages": mixer_stages}
-        given |= {"sr_ratios": sr_ratios, "mixer_options": mixer_options}
-        for name, values in given.items():
-            if len(values) != len(depths):
-                raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
+        check_per_stage(depths, mlp_ratios=mlp_ratios, mixer_stages=mixer_stages, sr_ratios=sr_ratios)
+        check_per_stage(depths, mixer_options=mixer_options)
         make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
         # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
         other_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm
         dd = {"device": device, "dtype": dtype}
         stages, embeds = [], []
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
-            height, width = to_2tuple(img_size)
-            resolution = (max(1, height // 2 ** (i + 2)), max(1, width // 2 ** (i + 2)))
+            resolution = map_size(img_size, 4 * 2**i)
             embeds.append(
                 partial(
                     PositionedPatchEmbed,
@@ -167,8 +163,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    state = mixers.fit_mixers(weights.rename(weights.unwrap(state_dict), _NAMES), expected)
-    state = fit_norms(state, expected)
+    state = read_host(state_dict, expected, _NAMES)
     return {
         name: fit_position(value, expected[name]) if name.endswith(("stem.position", "downsample.position")) else value
         for name, value in state.items()

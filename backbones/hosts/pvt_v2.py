@@ -11,18 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock
-from subquad.backbones.hosts.origins import host_cfg
-from subquad.backbones.layers import DepthwiseConv, check_heads, in_turn
+from subquad.backbones.hosts.blocks import MixerBlock, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host
+from subquad.backbones.layers import DepthwiseConv, check_heads, check_per_stage, in_turn
 from subquad.backbones.mixers import find_mixer
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["MixerPVT2"]
@@ -94,17 +93,16 @@ class MixerPVT2(Pyramid):
         **pyramid: Any,
     ) -> None:
         check_heads(depths, dims, num_heads)
-        if len(mlp_ratios) != len(depths):
-            raise ValueError(f"mlp_ratios must have one entry for each of {len(depths)} stages, got {mlp_ratios}")
+        check_per_stage(depths, mlp_ratios=mlp_ratios)
         make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
         # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
         patch_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
-            height, width = (max(1, side // 2 ** (i + 2)) for side in to_2tuple(img_size))
+            resolution = map_size(img_size, 4 * 2**i)
             block = partial(
                 MixerBlock,
-                mixer=partial(make_mixer, num_heads=heads, resolution=(height, width)),
+                mixer=partial(make_mixer, num_heads=heads, resolution=resolution),
                 mlp=DepthwiseMlp,
                 mlp_ratio=mlp_ratios[i],
                 norm=block_norm,
@@ -152,9 +150,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     depths = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr]
     norms = [(rf"^norm{i + 1}\.", f"stages.{i}.blocks.{depth - 1}.out_norm.") for i, depth in enumerate(depths)]
-    state = weights.rename(weights.unwrap(state_dict), [*_NAMES, *norms])
-    expected = model.state_dict()
-    return fit_norms(mixers.fit_mixers(state, expected), expected)
+    return read_host(state_dict, model.state_dict(), [*_NAMES, *norms])
 
 
 def _cfg(mixer: str, share: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
-from subquad.backbones.hosts.blocks import SoftmaxAttention, crop
-from subquad.backbones.layers import DepthwiseConv
+from subquad.backbones.hosts.blocks import Block, SoftmaxAttention
+from subquad.backbones.layers import DepthwiseConv, crop_to
 from subquad.backbones.mixers import InjectiveAttention
 
 
@@ -38,7 +37,7 @@ def from_stripes(x: Tensor, vertical: bool, height: int, width: int) -> Tensor:
     else:
         count = (height + x.shape[1] - 1) // x.shape[1]
         x = x.unflatten(0, (x.shape[0] // count, count)).flatten(1, 2)
-    return crop(x, height, width)
+    return crop_to(x, height, width)
 
 
 class Stripes(nn.Module):
@@ -127,27 +126,8 @@ class CrossShapedAttention(nn.Module):
         return self.proj(torch.cat(parts, dim=-1))
 
 
-class CrossShapedBlock(nn.Module):
-    """Pre-norm residual block on maps (B, H, W, dim): cross-shaped attention and an MLP."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        attention: Factory,
-        mlp_ratio: float,
-        norm: Factory,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm(dim, **dd)
-        self.attn = attention(dim, **dd)
-        self.norm2 = norm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+class CrossShapedBlock(Block):
+    """Block on maps (B, H, W, dim) whose mixer is cross-shaped attention; arguments as in ``Block``."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), x))

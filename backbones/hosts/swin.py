@@ -10,20 +10,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table, to_2tuple
+from timm.layers import resize_rel_pos_bias_table
 from timm.models import generate_default_cfgs, register_notrace_function
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from subquad.backbones import mixers, weights
+from subquad.backbones import mixers
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock, crop, from_windows, to_windows
-from subquad.backbones.hosts.origins import host_cfg, slab_cfg
-from subquad.backbones.layers import PatchEmbed, PatchMerging, ceil_to, check_heads, in_turn
+from subquad.backbones.hosts.blocks import MixerBlock, check_mixer_blocks, map_size
+from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
+from subquad.backbones.layers import PatchEmbed, PatchMerging, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
-from subquad.backbones.prepbn import find_norm, fit_norms
+from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
+from subquad.ops import window_attention_packed
+from subquad.ops.maps import exporting
 
 __all__ = ["MixerSwin"]
 
@@ -74,14 +75,11 @@ class MixerSwin(Pyramid):
     ) -> None:
         dims = [embed_dim * 2**i for i in range(len(depths))]
         check_heads(depths, dims, num_heads)
-        if len(mixer_blocks) != len(depths) or any(not 0 <= n <= d for n, d in zip(mixer_blocks, depths, strict=True)):
-            raise ValueError(f"mixer_blocks must be at most depths={tuple(depths)}, got {tuple(mixer_blocks)}")
-        if len(mixer_options) < len(depths):
-            raise ValueError(f"mixer_options must have one entry for each of {len(depths)} stages, got {mixer_options}")
+        check_mixer_blocks(depths, mixer_blocks, mixer_options)
         make_mixer, make_norm = find_mixer(mixer), find_norm(norm, 1e-5, norm_steps)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
-            height, width = (max(1, side // (patch_size * 2**i)) for side in to_2tuple(img_size))
+            height, width = map_size(img_size, patch_size * 2**i)
             side = min(height, width)
             # Upstream sees a map that is not square in square windows of its shorter side.
             linear = partial(
@@ -113,9 +111,9 @@ class MixerSwin(Pyramid):
 
 
 class WindowMixer(nn.Module):
-    """Swin's own mixer: timm's attention in windows of the map, which is padded, then shifted by ``shift`` pixels.
+    """Swin's own mixer: attention in windows of the map, which is padded, then shifted by ``shift`` pixels.
 
-    A map that is no larger than a window is not shifted.
+    A map that one window covers along an axis is not shifted. The parameters are those of timm's module.
     """
 
     def __init__(
@@ -127,66 +125,43 @@ class WindowMixer(nn.Module):
         self.attn = WindowAttention(dim, num_heads, window_size=(window, window), device=device, dtype=dtype)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
-        height, width = feat_size[0], feat_size[1]
-        x = x.unflatten(1, (height, width))
-        if self.shift > 0:
-            shift = shift_of(self.window, self.shift, height, width)
-            x = shifted_windows(x, self.window, shift)
-            x = self.attn(x, shift_mask(x, self.window, shift, height, width))
-            x = unshifted_windows(x, self.window, shift, height, width)
-        else:
-            x = from_windows(self.attn(to_windows(x, self.window)), self.window, height, width)
-        return x.flatten(1, 2)
+        qkv = self.attn.qkv(x).unflatten(1, (feat_size[0], feat_size[1])).unflatten(-1, (3, self.attn.num_heads, -1))
+        table, bias = self.attn.relative_position_bias_table, self.attn.qkv.bias
+        o = attend_windows(qkv, table, bias, self.window, self.shift, self.attn.scale)
+        return self.attn.proj(o.flatten(3).flatten(1, 2))
 
 
 @register_notrace_function
-def shift_of(window: int, shift: int, height: int, width: int) -> int:
-    """``shift``, but 0 for a map that one window covers along an axis."""
-    # Without a branch, which an exported program would keep as it was for the example.
-    beyond_rows, beyond_columns = (height - 1) // window, (width - 1) // window
-    return shift * (1 - 1 // (1 + beyond_rows)) * (1 - 1 // (1 + beyond_columns))
+def attend_windows(qkv: Tensor, table: Tensor, bias: Tensor, window: int, shift: int, scale: float) -> Tensor:
+    """``subquad.ops.window_attention_packed`` for modules: in eager mode, in TorchScript and as a leaf of torch.fx.
 
-
-@register_notrace_function
-def rolled(x: Tensor, shift: int) -> Tensor:
-    """Maps (B, H, W, C) rolled down and right by ``shift`` pixels."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    if exporting:  # ONNX cannot roll by a number that depends on the image
-        for axis in (1, 2):
-            source = torch.arange(x.shape[axis], device=x.device) - shift
-            source = source + x.shape[axis] * ((source < 0).int() - (source >= x.shape[axis]).int())
-            x = x.index_select(axis, source)
+    ``bias`` of the projection is what that makes of padding, which is zero before it.
+    """
+    pad_k: Tensor | None = None
+    pad_v: Tensor | None = None
+    if exporting() or qkv.shape[1] % window > 0 or qkv.shape[2] % window > 0:
+        parts = bias.to(qkv.dtype).view(qkv.shape[3:]).unbind(0)
+        pad_k, pad_v = parts[1], parts[2]
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        sides, shifts = [window, window], [shift, shift]
+        found = torch.ops.subquad.window_attention(
+            qkv, None, None, table, pad_k, pad_v, sides, shifts, scale, True, False, -100.0, False, False, "map"
+        )
+        o = found[0]
     else:
-        x = x.roll((shift, shift), (1, 2))
-    return x
-
-
-@register_notrace_function
-def shifted_windows(x: Tensor, window: int, shift: int) -> Tensor:
-    """Maps (B, H, W, C), padded to whole windows and rolled up and left, to windows (B * windows, window ** 2, C)."""
-    x = F.pad(x, (0, 0, 0, ceil_to(x.shape[2], window) - x.shape[2], 0, ceil_to(x.shape[1], window) - x.shape[1]))
-    return to_windows(rolled(x, -shift), window)
-
-
-@register_notrace_function
-def unshifted_windows(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """The inverse of ``shifted_windows`` for maps (B, height, width, C)."""
-    x = from_windows(x, window, ceil_to(height, window), ceil_to(width, window))
-    return crop(rolled(x, shift), height, width)
-
-
-@register_notrace_function
-def shift_mask(x: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """-100 between pixels that share a window by the roll only, else 0; (windows, n, n) with n = window ** 2."""
-    height, width = ceil_to(height, window), ceil_to(width, window)
-    rows = torch.arange(height, device=x.device)[:, None]
-    columns = torch.arange(width, device=x.device)[None]
-    below = (rows >= height - window).int() + (rows >= height - shift).int()
-    beside = (columns >= width - window).int() + (columns >= width - shift).int()
-    region = to_windows((3 * below + beside)[None, :, :, None], window)  # (windows, window ** 2, 1)
-    return -100.0 * (region != region.transpose(1, 2)).to(x.dtype)
+        o = window_attention_packed(
+            qkv,
+            window,
+            shift,
+            table=table,
+            scale=scale,
+            order="pad_roll",
+            pad_k=pad_k,
+            pad_v=pad_v,
+            drop_shift="map",
+        )
+    return o
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -208,9 +183,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
     expected = model.state_dict()
-    state = weights.rename(weights.unwrap(state_dict), _NAMES)
+    state = read_host(state_dict, expected, _NAMES)
     state = {_of_window(name, expected): value for name, value in state.items()}
-    state = fit_norms(mixers.fit_mixers(state, expected), expected)
     for name, value in state.items():
         if name.endswith("relative_position_bias_table") and name in expected and value.shape != expected[name].shape:
             side = (int(expected[name].shape[0] ** 0.5) + 1) // 2

@@ -13,6 +13,7 @@ from subquad.ops import _checks, _library
 from subquad.ops.neighborhood_attention.call import NeighborhoodCall
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_Given = dict[str, Tensor | None]
 _Window = tuple[list[int], list[int], list[int], list[bool]]
 
 
@@ -34,18 +35,10 @@ def prepare(
 ) -> NeighborhoodCall:
     """Check the public arguments of ``na<axes>d`` and make them canonical; ``return_lse`` has no part in it."""
     op = f"na{axes}d"
-    given = {"q": q, "k": k, "v": v, "additional_keys": additional_keys, "additional_values": additional_values}
-    _check_maps(op, axes, {"q": q, "k": k, "v": v}, given | {"rpb": rpb})
-    _check_tokens(op, axes, "k", k, q, k.shape[-2], q.shape[-1])
-    _check_tokens(op, axes, "v", v, q, k.shape[-2], v.shape[-1])
-    if (additional_keys is None) != (additional_values is None):
-        raise ValueError(f"{op}: additional_keys and additional_values go together, got only one of them")
-    if additional_keys is not None and additional_values is not None:
-        tokens = _check_additional(op, "additional_keys", additional_keys, k)
-        _check_additional(op, "additional_values", additional_values, v, tokens)
-    window = _check_window(op, q.shape[1:-2], kernel_size, dilation, stride, is_causal)
-    _check_bias(op, rpb, q, window[0])
-    q, k, v, additional_keys, additional_values = _cast(op, given)
+    maps: _Given = {"q": q, "k": k, "v": v}
+    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+    window, _ = _check(op, axes, maps, additional, rpb, kernel_size, dilation, stride, is_causal)
+    q, k, v, additional_keys, additional_values = _cast(op, maps | additional)
     return NeighborhoodCall(q, k, v, rpb, additional_keys, additional_values, *window, _factor(scale, q))
 
 
@@ -64,14 +57,10 @@ def prepare_qk(
 ) -> NeighborhoodCall:
     """Check the public arguments of ``na<axes>d_qk`` and make them canonical."""
     op = f"na{axes}d_qk"
-    given = {"q": q, "k": k, "additional_keys": additional_keys}
-    _check_maps(op, axes, {"q": q, "k": k}, given | {"rpb": rpb})
-    _check_tokens(op, axes, "k", k, q, k.shape[-2], q.shape[-1])
-    if additional_keys is not None:
-        _check_additional(op, "additional_keys", additional_keys, k)
-    window = _check_window(op, q.shape[1:-2], kernel_size, dilation, stride, is_causal)
-    _check_bias(op, rpb, q, window[0])
-    q, k, additional_keys = _cast(op, given)
+    maps: _Given = {"q": q, "k": k}
+    additional = {"additional_keys": additional_keys}
+    window, _ = _check(op, axes, maps, additional, rpb, kernel_size, dilation, stride, is_causal)
+    q, k, additional_keys = _cast(op, maps | additional)
     return NeighborhoodCall.of_qk(q, k, rpb, additional_keys, *window, _factor(scale, q))
 
 
@@ -88,22 +77,41 @@ def prepare_av(
 ) -> NeighborhoodCall:
     """Check the public arguments of ``na<axes>d_av`` and make them canonical."""
     op = f"na{axes}d_av"
-    given = {"attn": attn, "v": v, "additional_values": additional_values}
-    _check_maps(op, axes, {"attn": attn, "v": v}, given)
-    _check_tokens(op, axes, "v", v, attn, v.shape[-2], v.shape[-1])
-    tokens = 0 if additional_values is None else _check_additional(op, "additional_values", additional_values, v)
-    window = _check_window(op, attn.shape[1:-2], kernel_size, dilation, stride, is_causal)
+    maps: _Given = {"attn": attn, "v": v}
+    additional = {"additional_values": additional_values}
+    window, tokens = _check(op, axes, maps, additional, None, kernel_size, dilation, stride, is_causal)
     expected = (*attn.shape[:-1], math.prod(window[0]) + tokens)
     _checks.check_shape(op, "attn", attn, f"(B, {_names(axes)}, heads, K an axis + M)", expected)
-    attn, v, additional_values = _cast(op, given)
+    attn, v, additional_values = _cast(op, maps | additional)
     return NeighborhoodCall.of_av(attn, v, additional_values, *window)
+
+
+def _check(
+    op: str, axes: int, maps: dict[str, Any], additional: _Given, rpb: Tensor | None, *window: Any
+) -> tuple[_Window, int]:
+    """What the calls have in common, the first map being that of the queries: the window, canonical, and M."""
+    _check_maps(op, axes, maps, maps | additional | {"rpb": rpb})
+    (_, q), *tokens = maps.items()
+    heads = tokens[0][1].shape[-2]
+    for name, value in tokens:
+        _check_tokens(op, axes, name, value, q, heads, (q if name == "k" else value).shape[-1])
+    given = [value is not None for value in additional.values()]
+    if any(given) and not all(given):
+        raise ValueError(f"{op}: additional_keys and additional_values go together, got only one of them")
+    more: int | None = None
+    if any(given):
+        for (name, extra), (_, like) in zip(additional.items(), tokens, strict=True):
+            more = _check_additional(op, name, extra, like, more)
+    checked = _check_window(op, q.shape[1:-2], *window)
+    _check_bias(op, rpb, q, checked[0])
+    return checked, more or 0
 
 
 def _names(axes: int) -> str:
     return ", ".join(("L",) if axes == 1 else ("T", "H", "W")[3 - axes :])
 
 
-def _check_maps(op: str, axes: int, maps: dict[str, Tensor], given: dict[str, Tensor | None]) -> None:
+def _check_maps(op: str, axes: int, maps: dict[str, Any], given: _Given) -> None:
     """Tensors where there must be, and maps with all axes, none of them empty."""
     for name, value in given.items():
         if value is not None or name in maps:
@@ -124,7 +132,7 @@ def _check_tokens(op: str, axes: int, name: str, value: Tensor, q: Tensor, heads
         raise ValueError(f"{op}: the heads of k and v must divide those of q, got {heads} and {q.shape[-2]}")
 
 
-def _check_additional(op: str, name: str, value: Tensor, like: Tensor, tokens: int | None = None) -> int:
+def _check_additional(op: str, name: str, value: Any, like: Tensor, tokens: int | None = None) -> int:
     """The number of tokens, which is ``tokens`` if that is given."""
     if tokens is None:
         tokens = value.shape[1] if value.dim() == 4 else 1
@@ -154,9 +162,14 @@ def _check_window(
                 f"{op}: on axis {axis} kernel_size * dilation must be at most the map's {length}, "
                 f"got {kernel} * {spread} = {kernel * spread}"
             )
-        if step > kernel:
-            raise ValueError(f"{op}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
+        check_stride(op, axis, step, kernel)
     return kernels, dilations, strides, causal
+
+
+def check_stride(op: str, axis: int, stride: int, kernel_size: int) -> None:
+    """Raises ValueError if a stride skips whole windows."""
+    if stride > kernel_size:
+        raise ValueError(f"{op}: on axis {axis} stride must be at most kernel_size {kernel_size}, got {stride}")
 
 
 def per_axis(op: str, name: str, value: Any, axes: int, kind: type = int) -> list[Any]:
@@ -181,7 +194,7 @@ def _check_bias(op: str, rpb: Tensor | None, q: Tensor, kernels: Sequence[int]) 
         _checks.check_device(op, "rpb", rpb, q.device)
 
 
-def _cast(op: str, given: dict[str, Tensor | None]) -> list[Any]:
+def _cast(op: str, given: _Given) -> list[Any]:
     """Activations of one dtype and device, the first's; under autocast in its dtype, float64 excepted."""
     first = next(iter(given.values()))
     assert first is not None

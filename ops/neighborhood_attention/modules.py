@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.ops.maps import crop, exporting
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
-from subquad.ops.neighborhood_attention.arguments import per_axis
+from subquad.ops.neighborhood_attention.arguments import check_stride, per_axis
 from subquad.ops.neighborhood_attention.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -50,8 +51,7 @@ class _NeighborhoodAttention(nn.Module):
         self.stride = per_axis(name, "stride", stride, self.axes)
         self.is_causal = per_axis(name, "is_causal", is_causal, self.axes, bool)
         for axis, (step, kernel) in enumerate(zip(self.stride, self.kernel_size, strict=True)):
-            if step > kernel:
-                raise ValueError(f"{name}: on axis {axis} stride must be at most kernel_size {kernel}, got {step}")
+            check_stride(name, axis, step, kernel)
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else float(qk_scale)
         self.pad_small_maps = pad_small_maps
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -82,7 +82,7 @@ class _NeighborhoodAttention(nn.Module):
         else:
             o = self.attend(q, k, v)
         if self.pad_small_maps:
-            o = _crop(o, size)
+            o = crop(o, size)
         return self.proj_drop(self.proj(o.flatten(-2)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,32 +154,15 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
 
 def _pad(x: Tensor, kernel_size: list[int], dilation: list[int]) -> Tensor:
     """A map (B, *S, C) with zeros behind it on each axis, at least as long as kernel_size * dilation."""
-    # An exported program would keep a branch on sizes as it was for the example.
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
+    symbolic = exporting()
     pads = [0, 0]
     for axis in range(len(kernel_size) - 1, -1, -1):
         length, least = x.shape[axis + 1], kernel_size[axis] * dilation[axis]
-        pads += [0, _symbolic_missing(length, least) if exporting else max(least - length, 0)]
-    return F.pad(x, pads) if exporting or sum(pads) > 0 else x
+        pads += [0, _symbolic_missing(length, least) if symbolic else max(least - length, 0)]
+    return F.pad(x, pads) if symbolic or sum(pads) > 0 else x
 
 
 @torch.jit.unused
 def _symbolic_missing(length: int, least: int) -> int:
     missing: Any = torch.sym_max(length, least) - length
     return missing
-
-
-def _crop(x: Tensor, size: list[int]) -> Tensor:
-    """The first ``size`` positions of x (B, *S, ...)."""
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    for axis, length in enumerate(size):
-        if exporting:
-            # A slice's strides depend on whether there was padding: a guard on sizes. A selection is always contiguous.
-            x = x.index_select(axis + 1, torch.arange(length, device=x.device))
-        else:
-            x = x.narrow(axis + 1, 0, length)
-    return x

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.maps import crop
+
 
 class RegionCall(NamedTuple):
     """Checked arguments in canonical form; see ``subquad.ops.region_attention`` for their meaning.
@@ -73,10 +75,7 @@ def join(x: Tensor, size: Sequence[int], height: int, width: int) -> Tensor:
     """The inverse of ``cut``: (B, heads, regions, tokens, C) to (B, height, width, heads, C)."""
     rows, columns = (height + size[0] - 1) // size[0], (width + size[1] - 1) // size[1]
     x = x.unflatten(3, (size[0], size[1])).unflatten(2, (rows, columns))
-    x = x.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)
-    # Selections, not slices: a slice's strides depend on whether there was padding, which an export would keep.
-    x = x.index_select(1, torch.arange(height, device=x.device))
-    return x.index_select(2, torch.arange(width, device=x.device))
+    return crop(x.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2), [height, width])
 
 
 def padding_of(x: Tensor, size: Sequence[int]) -> Tensor:

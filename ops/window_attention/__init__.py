@@ -15,6 +15,9 @@ position r = i - j on each axis (index "q-k"; j - i for "k-q"),
     logit_ij = scale <q_i, k_j> + table[(r_y + h - 1) (2 w - 1) + r_x + w - 1, head] + m_ij
     o_i = sum_j softmax_j(logit_i)_j v_j
 
+With ``drop_shift`` an axis that one window covers, H <= h, has no shift ("axis", as torchvision), or no axis has one if
+there is such an axis ("map", as Swin's code); the map at hand decides, in an exported program too.
+
 m_ij is ``mask_value`` where i and j are in different regions of a shifted axis, else 0: places in [0, H' - h),
 [H' - h, H' - s) and [H' - s, H'). Under "roll_pad" the regions of a ragged map miss its seam; timm's weights run so.
 Padding is attended: it has the key ``pad_k`` and the value ``pad_v`` (where a projection with a bias runs over zeros,
@@ -49,6 +52,7 @@ _OP = "window_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDERS = ("roll_pad", "pad_roll")
 _INDICES = ("q-k", "k-q")
+_DROPS = ("never", "axis", "map")
 
 
 def window_attention(
@@ -67,6 +71,7 @@ def window_attention(
     mask_value: float = -100.0,
     index: str = "q-k",
     grid: bool = False,
+    drop_shift: str = "never",
 ) -> Tensor:
     """Attend inside windows of a map; see the module's docstring for the formula.
 
@@ -84,6 +89,8 @@ def window_attention(
         mask_value: what tokens of different regions get added.
         index: "q-k" or "k-q", direction of the table's relative positions.
         grid: cut the map into grids of h x w tokens, equally spaced over all of it, instead of windows.
+        drop_shift: what a map no larger than a window along an axis loses: "never" a shift, the one of this "axis", or
+            those of the whole "map".
 
     Returns:
         (B, H, W, heads, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous.
@@ -107,6 +114,7 @@ def window_attention(
         mask_value=mask_value,
         index=index,
         grid=grid,
+        drop_shift=drop_shift,
     )
     return _attend(call)
 
@@ -152,6 +160,7 @@ def prepare(
     mask_value: float = -100.0,
     index: str = "q-k",
     grid: bool = False,
+    drop_shift: str = "never",
 ) -> WindowCall:
     """Check the public arguments and bring them to canonical form; see ``window_attention``."""
     given = {"q": q, "k": k, "v": v, "table": table, "pad_k": pad_k, "pad_v": pad_v}
@@ -161,7 +170,7 @@ def prepare(
     _check_shapes(q, k, v, pad_k, pad_v)
     windows, shifts = _per_axis("window", window, 1), _per_axis("shift", shift, 0)
     _check_windows(q.shape[1:3], windows, shifts, grid)
-    _check_options(order, index, mask_value)
+    _check_options(order, index, mask_value, drop_shift)
     if hide_padding and (pad_k is not None or pad_v is not None):
         raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
     if table is not None:
@@ -194,14 +203,17 @@ def prepare(
         float(mask_value),
         index == "k-q",
         grid,
+        drop_shift,
     )
 
 
-def _check_options(order: str, index: str, mask_value: float) -> None:
+def _check_options(order: str, index: str, mask_value: float, drop_shift: str) -> None:
     if order not in _ORDERS:
         raise ValueError(f"{_OP}: unknown order {order!r}, expected one of {list(_ORDERS)}")
     if index not in _INDICES:
         raise ValueError(f"{_OP}: unknown index {index!r}, expected one of {list(_INDICES)}")
+    if drop_shift not in _DROPS:
+        raise ValueError(f"{_OP}: unknown drop_shift {drop_shift!r}, expected one of {list(_DROPS)}")
     if not mask_value <= 0:
         raise ValueError(f"{_OP}: mask_value must not be positive, got {mask_value}")
 
@@ -242,14 +254,14 @@ def _check_windows(size: Sequence[int], window: Sequence[int], shift: Sequence[i
 
 _CALL_SCHEMA = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? table, Tensor? pad_k, Tensor? pad_v, int[] window, int[] shift, "
-    "float scale, bool pad_first, bool hide_padding, float mask_value, bool key_minus_query, bool grid"
+    "float scale, bool pad_first, bool hide_padding, float mask_value, bool key_minus_query, bool grid, str drop_shift"
 )
 """The fields of WindowCall, in order."""
 _TENSORS = 6
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    call = WindowCall(*args)
+    call = WindowCall(*args).settled()
     return _dispatch.choose_inside(_OP, call).forward(call)
 
 
@@ -260,7 +272,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = WindowCall(*args)
+    call = WindowCall(*args).settled()
     grads = _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
     return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
 

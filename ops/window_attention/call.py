@@ -27,6 +27,7 @@ class WindowCall(NamedTuple):
         mask_value: what is added between tokens of different regions of a shifted window.
         key_minus_query: direction of the table's relative positions.
         grid: whether a window is a grid over the whole map instead of a block of neighbours.
+        drop_shift: "never", "axis" or "map", which shifts a map that is no larger than a window loses.
     """
 
     q: Tensor
@@ -43,6 +44,7 @@ class WindowCall(NamedTuple):
     mask_value: float
     key_minus_query: bool
     grid: bool
+    drop_shift: str
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +57,22 @@ class WindowCall(NamedTuple):
     def counts(self) -> tuple[int, int]:
         """Windows along each axis."""
         return tuple((n + w - 1) // w for n, w in zip(self.q.shape[1:3], self.window, strict=True))  # type: ignore[return-value]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The shift that the map at hand has along each axis; symbolic where its size is, unless shifts stay."""
+        (rows, columns), (down, right) = self.counts, self.shift
+        if self.drop_shift == "never":
+            return down, right
+        # Without a branch, which an exported program would keep as it was for the example.
+        by_row, by_column = 1 - 1 // rows, 1 - 1 // columns
+        if self.drop_shift == "map":
+            by_row = by_column = by_row * by_column
+        return down * by_row, right * by_column
+
+    def settled(self) -> WindowCall:
+        """The same call with the map's own shift; implementations of the operator get no other."""
+        return self if self.drop_shift == "never" else self._replace(shift=list(self.steps), drop_shift="never")
 
     @property
     def tokens(self) -> int:

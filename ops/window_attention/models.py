@@ -121,7 +121,6 @@ def _swin_v2(block: Any, x: Tensor) -> Tensor:
         attn.logit_scale,
         table,
         bias,
-        "roll_pad",
     )
     return attn.proj_drop(attn.proj(o.flatten(3)))
 
@@ -133,7 +132,7 @@ def _cosine(
     logit_scale: Tensor,
     table: Tensor,
     bias: Tensor | None,
-    order: str,
+    **options: Any,
 ) -> Tensor:
     """Attention of Swin v2: logits are cosines times a learned factor for each head."""
     q, k, v = qkv.unbind(3)
@@ -147,43 +146,38 @@ def _cosine(
         shift,
         table=16 * torch.sigmoid(table),
         scale=1.0,
-        order=order,
+        **options,
         pad_v=_padding(qkv, window, bias, qkv).get("pad_v"),  # keys have no bias, so padding's have no direction
     )
 
 
 def _torchvision(attn: Any, x: Tensor) -> Tensor:
     """torchvision's ``ShiftedWindowAttention.forward``."""
-    window, shift = _torchvision_windows(attn, x)
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
     o = window_attention_packed(
         qkv,
-        window,
-        shift,
+        attn.window_size,
+        attn.shift_size,
         table=attn.relative_position_bias_table,
         order="pad_roll",
-        **_padding(x, window, attn.qkv.bias, qkv),
+        drop_shift="axis",
+        **_padding(x, attn.window_size, attn.qkv.bias, qkv),
     )
     return F.dropout(attn.proj(o.flatten(3)), attn.dropout, attn.training)
 
 
 def _torchvision_v2(attn: Any, x: Tensor) -> Tensor:
     """torchvision's ``ShiftedWindowAttentionV2.forward``."""
-    window, shift = _torchvision_windows(attn, x)
     bias = attn.qkv.bias
     if bias is not None:
         q, k, v = bias.chunk(3)
         bias = torch.cat([q, torch.zeros_like(k), v])
     qkv = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
     table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
-    o = _cosine(qkv, window, shift, attn.logit_scale, table, bias, "pad_roll")
+    o = _cosine(
+        qkv, attn.window_size, attn.shift_size, attn.logit_scale, table, bias, order="pad_roll", drop_shift="axis"
+    )
     return F.dropout(attn.proj(o.flatten(3)), attn.dropout, attn.training)
-
-
-def _torchvision_windows(attn: Any, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Window and shift for a map; an axis that one window covers is not shifted."""
-    (h, w), (s, t) = attn.window_size, attn.shift_size
-    return (h, w), (0 if h >= x.shape[1] else s, 0 if w >= x.shape[2] else t)
 
 
 def _davit(block: Any, x: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,28 +39,32 @@ def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
 def _roll_and_pad(call: WindowCall, x: Tensor, value: float) -> Tensor:
     """A map (B, H, W, ...) on the padded grid of windows."""
     bottom, right = (n * w - size for n, w, size in zip(call.counts, call.window, x.shape[1:3], strict=True))
-    back = [-s for s in call.shift]
     if not call.pad_first:
-        x = _roll(x, back)
+        x = _roll_back(call, x)
     x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom), value=value)
-    return _roll(x, back) if call.pad_first else x
+    return _roll_back(call, x) if call.pad_first else x
 
 
 def _crop_and_roll(call: WindowCall, x: Tensor, height: int, width: int) -> Tensor:
     """The inverse of ``_roll_and_pad``."""
-    for axis, (steps, size) in enumerate(zip(call.shift, (height, width), strict=True), start=1):
+    for axis, (steps, size) in enumerate(zip(call.steps, (height, width), strict=True), start=1):
         # A selection, not a slice: a slice's strides depend on whether there was padding, which an export would keep.
         p = torch.arange(size, device=x.device) - steps
-        x = x.index_select(axis, p.remainder(x.shape[axis] if call.pad_first else size))
+        x = x.index_select(axis, _wrapped(p, x.shape[axis] if call.pad_first else size))
     return x
 
 
-def _roll(x: Tensor, shift: Sequence[int]) -> Tensor:
+def _roll_back(call: WindowCall, x: Tensor) -> Tensor:
     """``torch.roll`` over the map's axes, as a selection: exporters know that for every size."""
-    for axis, (steps, size) in enumerate(zip(shift, x.shape[1:3], strict=True), start=1):
-        if steps:
-            x = x.index_select(axis, torch.arange(size, device=x.device).sub(steps).remainder(size))
+    for axis, (shift, steps, size) in enumerate(zip(call.shift, call.steps, x.shape[1:3], strict=True), start=1):
+        if shift:  # steps may be symbolic
+            x = x.index_select(axis, _wrapped(torch.arange(size, device=x.device) + steps, size))
     return x
+
+
+def _wrapped(p: Tensor, size: int) -> Tensor:
+    """Positions modulo a size, as a tensor: by a number that depends on the image ONNX has no remainder."""
+    return p.remainder(torch.full((), size, device=p.device))
 
 
 def _windows(call: WindowCall, x: Tensor) -> Tensor:
@@ -86,10 +88,11 @@ def _map(call: WindowCall, x: Tensor) -> Tensor:
 def _regions(call: WindowCall, rows: int, columns: int) -> Tensor:
     """For each place of the padded map the part of the unrolled map that it comes from, (1, H', W', 1, 1)."""
     total: Tensor | None = None
-    for axis, (count, window, shift) in enumerate(zip((rows, columns), call.window, call.shift, strict=True)):
+    axes = zip((rows, columns), call.window, call.shift, call.steps, strict=True)
+    for axis, (count, window, shift, steps) in enumerate(axes):
         p = torch.arange(count * window, device=call.q.device)
         size = count * window
-        region = (p >= size - window).long() + (p >= size - shift) if shift else torch.zeros_like(p)
+        region = (p >= size - window).long() + (p >= size - steps) if shift else torch.zeros_like(p)
         region = region[:, None] if axis == 0 else region
         total = region if total is None else 3 * total + region
     assert total is not None

@@ -1,4 +1,4 @@
-"""Inputs for the selective scan, and one way to run it that returns every value and every named gradient."""
+"""What every operator must do, and for the selective scan inputs and a way to run it with every named gradient."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 
 from subquad import ops
 from subquad.ops.selective_scan import CROSS
@@ -108,3 +110,113 @@ def convert() -> Callable[[Arguments, torch.dtype], Arguments]:
 @pytest.fixture
 def run() -> Callable[..., dict[str, Tensor]]:
     return _run
+
+
+# What every operator must do --------------------------------------------------------------------------------------
+
+
+def _assert_close(mine: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Values by name, up to a part of the largest one (at least 1: gradients may be differences that cancel)."""
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        error, size = (mine[name].double() - value.double()).abs().max(), max(value.abs().max(), 1)
+        assert error <= tolerance * size, f"{name}: off by {error:.3g} of {size:.3g}"
+
+
+def _assert_shapes_without_data(operator: Any, call: Sequence[Any]) -> None:
+    """Fake and meta tensors have the shapes, dtypes and, where they may, the strides of real ones."""
+    real = operator(*call)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in call))
+    meta = operator(*(value.to("meta") if torch.is_tensor(value) else value for value in call))
+    results = ([found] if torch.is_tensor(found) else found for found in (real, fake, meta))
+    for expected, first, second in zip(*results, strict=True):
+        assert (first.shape, first.dtype, first.stride()) == (expected.shape, expected.dtype, expected.stride())
+        assert (second.shape, second.dtype, second.is_meta) == (expected.shape, expected.dtype, True)
+
+
+def _assert_compiles(function: Callable[[dict[str, Tensor]], Tensor], *inputs: dict[str, Tensor]) -> None:
+    """One graph, compiled once, serves inputs of every size: values and gradients, in float64."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for trial, tensors in enumerate(inputs):
+        leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+        with torch._dynamo.config.patch(error_on_recompile=trial > 0):
+            mine = compiled(leaves)
+        expected = function(leaves)
+        grads = [torch.autograd.grad(out.sum(), list(leaves.values())) for out in (mine, expected)]
+        for one, other in zip((mine, *grads[0]), (expected, *grads[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def _assert_exports(
+    function: Callable[..., Tensor],
+    forms: dict[Any, Callable[..., Any]],
+    make: Callable[..., tuple[Tensor, ...]],
+    traced: tuple[int, ...],
+    *others: tuple[int, ...],
+    tolerance: float = 1e-12,
+    guards: bool = True,
+) -> None:
+    """A program of ``function`` holds each operator of ``forms`` once, and its form in its place serves other sizes.
+
+    ``make`` takes a size, the traced one or one of the others, whose numbers are the first axes of all its tensors. A
+    trace notes every comparison of sizes; without ``guards`` nobody looks at the notes, like the ONNX exporter.
+    """
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return function(*tensors)
+
+    example = make(*traced)
+    axes = tuple(dict.fromkeys(range(len(traced)), Dim.AUTO) for _ in example)
+    program = torch.export.export(Module(), example, dynamic_shapes=(axes,))
+    targets = [node.target for node in program.graph.nodes]
+    assert all(targets.count(operator) == 1 for operator in forms)
+    decomposed = program.run_decompositions(forms)
+    assert not [node for node in decomposed.graph.nodes if "subquad" in str(node.target)]
+    exported = decomposed.module(check_guards=guards)
+    for size in others:
+        tensors = make(*size)
+        torch.testing.assert_close(exported(*tensors), function(*tensors), rtol=tolerance, atol=tolerance)
+
+
+def _assert_refuses(
+    function: Callable[..., Any],
+    arguments: Arguments,
+    change: Callable[[Arguments], Arguments],
+    exception: type[Exception],
+    fragments: tuple[str, ...],
+) -> None:
+    """With a change of good arguments the right exception, which names the function and has every fragment."""
+    function(**arguments)
+    with pytest.raises(exception) as raised:
+        function(**(arguments | change(arguments)))
+    message = str(raised.value)
+    assert message.startswith(f"{function.__name__}: ")
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    return _assert_close
+
+
+@pytest.fixture
+def assert_shapes_without_data() -> Callable[..., None]:
+    return _assert_shapes_without_data
+
+
+@pytest.fixture
+def assert_compiles() -> Callable[..., None]:
+    return _assert_compiles
+
+
+@pytest.fixture
+def assert_exports() -> Callable[..., None]:
+    return _assert_exports
+
+
+@pytest.fixture
+def assert_refuses() -> Callable[..., None]:
+    return _assert_refuses

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,22 +240,11 @@ def test_autocast_casts_activations_and_leaves_gates() -> None:
     assert torch.equal(out, gated_linear_attention(**low, gate_normalizer=16.0))
 
 
-def test_compiles_in_one_graph_for_every_length() -> None:
-    torch._dynamo.reset()
-
+def test_compiles_in_one_graph_for_every_length(assert_compiles: Any) -> None:
     def function(tensors: Arguments) -> Tensor:
         return gated_linear_attention(**tensors, gate_normalizer=16.0).sin()
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for trial, length in enumerate((15, 40, 33)):
-        results = []
-        for candidate in (compiled, function):
-            tensors = {name: value.requires_grad_() for name, value in _inputs(2, length, 2, 4, 6).items()}
-            with torch._dynamo.config.patch(error_on_recompile=trial > 0):
-                out = candidate(tensors)
-            results.append([out, *torch.autograd.grad(out.sum(), list(tensors.values()))])
-        for ours, expected in zip(*results, strict=True):
-            assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12)
+    assert_compiles(function, *(_inputs(2, length, 2, 4, 6) for length in (15, 40, 33)))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
@@ -267,21 +255,15 @@ def test_export_form_equals_the_reference(length: int) -> None:
     torch.testing.assert_close(export_form(*strong), reference.attend(strong), rtol=1e-5, atol=1e-5)
 
 
-def test_export_form_of_a_program_takes_other_lengths() -> None:
-    class Attend(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-            return gated_linear_attention(q, k, v, gates, gate_normalizer=16.0)
+def test_export_form_of_a_program_takes_other_lengths(assert_exports: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return gated_linear_attention(q, k, v, gates, gate_normalizer=16.0)
 
-    axes = {0: Dim.AUTO, 1: Dim.AUTO}
-    example = tuple(_to(_inputs(2, 20, 2, 4, 6), torch.float32).values())
-    program = torch.export.export(Attend(), example, dynamic_shapes=(axes,) * 4)
-    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count(OPERATOR.default) == 1
-    decomposed = program.run_decompositions({OPERATOR.default: export_form}).module()
-    for batch, length in ((2, 20), (1, 65), (3, 3)):
-        inputs = _to(_inputs(batch, length, 2, 4, 6), torch.float32)
-        expected = gated_linear_attention(**inputs, gate_normalizer=16.0)
-        torch.testing.assert_close(decomposed(*inputs.values()), expected, rtol=1e-5, atol=1e-5)
+    def tensors(batch: int, length: int) -> tuple[Tensor, ...]:
+        return tuple(_to(_inputs(batch, length, 2, 4, 6), torch.float32).values())
+
+    forms = {OPERATOR.default: export_form}
+    assert_exports(attend, forms, tensors, (2, 20), (2, 20), (1, 65), (3, 3), tolerance=1e-5)
 
 
 # What is refused -------------------------------------------------------------------------------------------------

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import ops
@@ -95,13 +92,6 @@ def _prepare(arguments: Arguments) -> Any:
     return prepare(arguments["q"].dim() - 3, **arguments)
 
 
-def _assert_close(mine: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert mine.keys() == expected.keys()
-    for name, value in expected.items():
-        error, size = (mine[name].double() - value.double()).abs().max(), max(value.abs().max(), 1)
-        assert error <= tolerance * size, f"{name}: off by {error:.3g} of {size:.3g}"
-
-
 # Sizes of several tiles an axis, with a ragged last one; what the recorded cases do not combine.
 CASES: dict[str, Arguments] = {
     "map": _inputs(23, 19, kernel_size=(7, 5)),
@@ -126,17 +116,17 @@ cases = pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("working_set", [None, 1], ids=["whole", "one image a time"])
 @cases
 def test_float64_equals_the_formula(
-    arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch
+    arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch, assert_close: Any
 ) -> None:
     if working_set:
         monkeypatch.setattr(tiles, "_WORKING_SET_CPU", working_set)
-    _assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
+    assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
 
 
 @cases
-def test_float32_stays_within_rounding(arguments: Arguments) -> None:
+def test_float32_stays_within_rounding(arguments: Arguments, assert_close: Any) -> None:
     narrow = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    _assert_close(_run(narrow), _run(_double(narrow), "reference"), FLOAT32)
+    assert_close(_run(narrow), _run(_double(narrow), "reference"), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -232,10 +222,10 @@ SPECIAL: dict[str, Arguments] = {
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("arguments", SPECIAL.values(), ids=SPECIAL.keys())
-def test_special_cases_equal_the_formula(arguments: Arguments, bias: bool) -> None:
+def test_special_cases_equal_the_formula(arguments: Arguments, bias: bool, assert_close: Any) -> None:
     if not bias:
         arguments = {name: value for name, value in arguments.items() if name != "rpb"}
-    _assert_close(_run(arguments, "sdpa"), _run(arguments, "reference"), EXACT)
+    assert_close(_run(arguments, "sdpa"), _run(arguments, "reference"), EXACT)
     # without a gradient of lse, too
     leaves = {name: arguments[name].clone().requires_grad_() for name in "qkv"}
     cotangent, grads = _normal(9, *arguments["q"].shape), []
@@ -243,9 +233,9 @@ def test_special_cases_equal_the_formula(arguments: Arguments, bias: bool) -> No
         with ops.use_backend(backend):
             o, _ = _attend(arguments | leaves)
             grads.append(dict(zip(leaves, torch.autograd.grad(o, tuple(leaves.values()), cotangent), strict=True)))
-    _assert_close(*grads, EXACT)
+    assert_close(*grads, EXACT)
     narrow = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    _assert_close(_run(narrow, "sdpa"), _run(_double(narrow), "reference"), FLOAT32)
+    assert_close(_run(narrow, "sdpa"), _run(_double(narrow), "reference"), FLOAT32)
 
 
 def test_special_cases_have_the_strides_of_the_operator() -> None:
@@ -287,14 +277,14 @@ def test_no_copy_grows_with_the_map() -> None:
 # Strides, sizes, dtypes ------------------------------------------------------------------------------------------
 
 
-def test_any_strides() -> None:
+def test_any_strides(assert_close: Any) -> None:
     arguments = _inputs(9, 11, additional=2)
     strided = dict(arguments)
     for name in ("q", "k", "v", "rpb", "additional_keys"):
         value = arguments[name]
         strided[name] = torch.stack([value, value.new_full(value.shape, torch.nan)], dim=-1)[..., 0]
     strided["k"] = arguments["k"].permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
-    _assert_close(_run(strided), _run(arguments), EXACT)
+    assert_close(_run(strided), _run(arguments), EXACT)
 
 
 @pytest.mark.parametrize(("backend", "options"), [("torch", {"additional": 1}), ("sdpa", {"kernel_size": (5, 6)})])
@@ -352,29 +342,14 @@ def test_opcheck(options: Arguments) -> None:
 
 
 @OPTIONS
-def test_fake_and_meta_tensors_have_the_real_shapes(options: Arguments) -> None:
+def test_fake_and_meta_tensors_have_the_real_shapes(options: Arguments, assert_shapes_without_data: Any) -> None:
     call = _prepare(_inputs(**options, dtype=torch.bfloat16))
-    real = OPERATOR(*call)
-    with FakeTensorMode() as mode:
-        fake = OPERATOR(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in call))
-    meta = OPERATOR(*(value.to("meta") if torch.is_tensor(value) else value for value in call))
-    for expected, first, second in zip(real, fake, meta, strict=True):
-        assert (first.shape, first.dtype, first.stride()) == (expected.shape, expected.dtype, expected.stride())
-        assert (second.shape, second.dtype, second.is_meta) == (expected.shape, expected.dtype, True)
+    assert_shapes_without_data(OPERATOR, call)
 
 
-def test_compiles_in_one_graph_for_every_size() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(_run_plain, fullgraph=True, backend="aot_eager", dynamic=True)
-    for trial, size in enumerate(((6, 7), (9, 15), (12, 8))):
-        arguments = _inputs(*size)
-        leaves = {name: arguments[name].requires_grad_() for name in ("q", "k", "v", "rpb")}
-        with torch._dynamo.config.patch(error_on_recompile=trial > 0):
-            mine = compiled(leaves)
-        expected = _run_plain(leaves)
-        grads = [torch.autograd.grad(out.sum(), list(leaves.values())) for out in (mine, expected)]
-        for one, other in zip((mine, *grads[0]), (expected, *grads[1]), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+def test_compiles_in_one_graph_for_every_size(assert_compiles: Any) -> None:
+    inputs = (_inputs(*size) for size in ((6, 7), (9, 15), (12, 8)))
+    assert_compiles(_run_plain, *({name: found[name] for name in ("q", "k", "v", "rpb")} for found in inputs))
 
 
 def _run_plain(tensors: dict[str, Tensor]) -> Tensor:
@@ -418,53 +393,36 @@ def test_export_form_equals_the_operator(options: Arguments) -> None:
         torch.testing.assert_close(mine, expected, rtol=EXACT, atol=EXACT)
 
 
-def test_exported_program_at_sizes_that_were_not_traced() -> None:
+def test_exported_program_at_sizes_that_were_not_traced(assert_exports: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return na2d(q, k, v, 3, 2, rpb=table)
+
+    def maps(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+        return tuple(_inputs(height, width, batch=batch)[name] for name in ("q", "k", "v"))
+
     table = _inputs()["rpb"]
-
-    class Attention(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-            return na2d(q, k, v, 3, 2, rpb=table)
-
-    def tensors(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-        arguments = _inputs(height, width, batch=batch)
-        return tuple(arguments[name] for name in ("q", "k", "v"))
-
-    axes = tuple({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO} for _ in "qkv")
-    program = torch.export.export(Attention(), tensors(2, 9, 12), dynamic_shapes=axes)
-    assert [node.target for node in program.graph.nodes].count(OPERATOR) == 1
-    decomposed = program.run_decompositions({OPERATOR: export_form})
-    assert not [node for node in decomposed.graph.nodes if "subquad" in str(node.target)]
-    for size in ((3, 6, 21), (1, 17, 8)):
-        expected = Attention()(*tensors(*size))
-        torch.testing.assert_close(decomposed.module()(*tensors(*size)), expected, rtol=EXACT, atol=EXACT)
+    assert_exports(attend, {OPERATOR: export_form}, maps, (2, 9, 12), (3, 6, 21), (1, 17, 8))
 
 
 # Bad input -------------------------------------------------------------------------------------------------------
 
-Change = Callable[[Arguments], Arguments]
-
-
-def _of(name: str, function: Callable[[Tensor], object]) -> Change:
-    return lambda arguments: {name: function(arguments[name])}
-
-
 # name: (what to change in good arguments, exception, fragments of the message)
-BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
-    "q_list": (_of("q", lambda q: q.tolist()), TypeError, ("q must be a tensor", "list")),
+BAD: dict[str, tuple[Any, ...]] = {
+    "q_list": (lambda a: {"q": a["q"].tolist()}, TypeError, ("q must be a tensor", "list")),
     "bias_number": (lambda _: {"rpb": 1.0}, TypeError, ("rpb must be a tensor", "float")),
-    "q_rank": (_of("q", lambda q: q[0]), ValueError, ("q must be (B, H, W, heads, channels)", "(7, 9, 2, 4)")),
-    "k_map": (_of("k", lambda k: k[:, :6]), ValueError, ("k must have shape (B, H, W, G, D)", "(2, 6, 9, 2, 4)")),
-    "k_channels": (_of("k", lambda k: k[..., :2]), ValueError, ("k must have shape", "(2, 7, 9, 2, 2)")),
-    "v_heads": (_of("v", lambda v: v[..., :1, :]), ValueError, ("v must have shape (B, H, W, G, E)",)),
+    "q_rank": (lambda a: {"q": a["q"][0]}, ValueError, ("q must be (B, H, W, heads, channels)", "(7, 9, 2, 4)")),
+    "k_map": (lambda a: {"k": a["k"][:, :6]}, ValueError, ("k must have shape (B, H, W, G, D)", "(2, 6, 9, 2, 4)")),
+    "k_channels": (lambda a: {"k": a["k"][..., :2]}, ValueError, ("k must have shape", "(2, 7, 9, 2, 2)")),
+    "v_heads": (lambda a: {"v": a["v"][..., :1, :]}, ValueError, ("v must have shape (B, H, W, G, E)",)),
     "heads": (
         lambda a: {name: torch.cat([a[name], a[name][..., :1, :]], dim=-2) for name in ("k", "v")},
         ValueError,
         ("the heads of k and v must divide those of q", "3 and 2"),
     ),
-    "no_columns": (_of("q", lambda q: q[:, :, :0]), ValueError, ("q must not be empty", "(2, 7, 0, 2, 4)")),
-    "dtype": (_of("q", Tensor.long), TypeError, ("q must be of dtype float32", "got int64")),
-    "mixed": (_of("v", Tensor.float), TypeError, ("v must be of dtype float64", "got float32")),
-    "device": (_of("k", lambda k: k.to("meta")), ValueError, ("k is on meta, expected cpu",)),
+    "no_columns": (lambda a: {"q": a["q"][:, :, :0]}, ValueError, ("q must not be empty", "(2, 7, 0, 2, 4)")),
+    "dtype": (lambda a: {"q": a["q"].long()}, TypeError, ("q must be of dtype float32", "got int64")),
+    "mixed": (lambda a: {"v": a["v"].float()}, TypeError, ("v must be of dtype float64", "got float32")),
+    "device": (lambda a: {"k": a["k"].to("meta")}, ValueError, ("k is on meta, expected cpu",)),
     "one_additional": (lambda a: {"additional_keys": a["k"][:, 0]}, ValueError, ("go together",)),
     "additional_shape": (
         lambda a: {"additional_keys": a["k"][:, 0], "additional_values": a["v"][:, 0, :4]},
@@ -489,11 +447,6 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "exception", "fragments"), BAD.values(), ids=BAD.keys())
-def test_bad_input(change: Change, exception: type[Exception], fragments: tuple[str, ...]) -> None:
-    arguments = _inputs(7, 9)
-    with pytest.raises(exception) as error:
-        na2d(**(arguments | change(arguments)))
-    message = str(error.value)
-    assert message.startswith("na2d: ")
-    assert all(fragment in message for fragment in fragments), message
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_bad_input(bad: tuple[Any, ...], assert_refuses: Any) -> None:
+    assert_refuses(na2d, _inputs(7, 9), *bad)

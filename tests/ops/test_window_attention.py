@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,13 +80,6 @@ def _double(arguments: Arguments) -> Arguments:
     return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
-def _assert_close(mine: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert mine.keys() == expected.keys()
-    for name, value in expected.items():
-        error, size = (mine[name].double() - value.double()).abs().max(), max(value.abs().max(), 1)
-        assert error <= tolerance * size, f"{name}: off by {error:.3g} of {size:.3g}"
-
-
 CASES: dict[str, Arguments] = {
     "ragged": _inputs(),
     "shifted": _inputs(8, 12, shift=2),
@@ -106,6 +97,9 @@ CASES: dict[str, Arguments] = {
     "one_row": _inputs(1, 9, shift=(0, 1), heads=1, dim=1),
     "one_pixel": _inputs(1, 1, window=1),
     "scale": _inputs(scale=0.0),
+    "shift_of_a_large_map": _inputs(9, 6, shift=2, order="pad_roll", drop_shift="map"),
+    "shift_of_a_small_map": _inputs(4, 9, shift=2, order="pad_roll", drop_shift="map"),
+    "shift_of_an_axis": _inputs(9, 3, shift=2, drop_shift="axis"),
 }
 cases = pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
 
@@ -113,19 +107,19 @@ cases = pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("working_set", [None, 1], ids=["whole", "one row of windows a time"])
 @cases
 def test_float64_equals_the_formula(
-    arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch
+    arguments: Arguments, working_set: int | None, monkeypatch: pytest.MonkeyPatch, assert_close: Any
 ) -> None:
     from subquad.ops.window_attention import torch_impl
 
     if working_set:
         monkeypatch.setattr(torch_impl, "_WORKING_SET_CPU", working_set)
-    _assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
+    assert_close(_run(arguments), _run(arguments, "reference"), EXACT)
 
 
 @cases
-def test_float32_stays_within_rounding(arguments: Arguments) -> None:
+def test_float32_stays_within_rounding(arguments: Arguments, assert_close: Any) -> None:
     narrow = {name: value.float() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    _assert_close(_run(narrow), _run(_double(narrow), "reference"), FLOAT32)
+    assert_close(_run(narrow), _run(_double(narrow), "reference"), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -182,6 +176,20 @@ def test_order_matters_on_ragged_maps_only() -> None:
         assert torch.allclose(first, second, rtol=EXACT, atol=EXACT) != differs
 
 
+@pytest.mark.parametrize(
+    ("size", "axis", "whole"),
+    [((5, 9), (2, 1), (2, 1)), ((4, 9), (0, 1), (0, 0)), ((9, 3), (2, 0), (0, 0)), ((1, 4), (0, 0), (0, 0))],
+    ids=str,
+)
+def test_maps_of_one_window_lose_shifts(
+    size: tuple[int, int], axis: tuple[int, int], whole: tuple[int, int], assert_close: Any
+) -> None:
+    for drop, expected in (("never", (2, 1)), ("axis", axis), ("map", whole)):
+        for backend in ("torch", "reference"):
+            mine = _run(_inputs(*size, shift=(2, 1), order="pad_roll", drop_shift=drop), backend)
+            assert_close(mine, _run(_inputs(*size, shift=expected, order="pad_roll")), EXACT)
+
+
 def test_packed_projection() -> None:
     arguments = _inputs(9, 11, shift=2)
     qkv = torch.stack([arguments.pop(name) for name in ("q", "k", "v")], dim=3).requires_grad_()
@@ -198,14 +206,14 @@ def test_packed_projection() -> None:
         window_attention_packed(qkv.transpose(3, 4), **arguments)
 
 
-def test_strides_do_not_matter() -> None:
+def test_strides_do_not_matter(assert_close: Any) -> None:
     arguments = _inputs(9, 11, shift=1)
     strided = dict(arguments)
     for name in ("q", "k", "v", "table", "pad_k"):
         value = arguments[name]
         strided[name] = torch.stack([value, value.new_full(value.shape, torch.nan)], dim=-1)[..., 0]
     strided["v"] = arguments["v"].permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
-    _assert_close(_run(strided), _run(arguments), EXACT)
+    assert_close(_run(strided), _run(arguments), EXACT)
 
 
 def test_empty_batch() -> None:
@@ -245,8 +253,13 @@ def test_keeps_inputs_output_and_a_number_a_head() -> None:
 
 OPTIONS = pytest.mark.parametrize(
     "options",
-    [{"shift": 2}, {"bias": False, "pad": False, "order": "pad_roll"}, {"packed": True}],
-    ids=["shifted", "plain", "packed"],
+    [
+        {"shift": 2},
+        {"bias": False, "pad": False, "order": "pad_roll"},
+        {"packed": True},
+        {"shift": 2, "window": (3, 6), "drop_shift": "axis"},
+    ],
+    ids=["shifted", "plain", "packed", "dropped"],
 )
 
 
@@ -268,29 +281,14 @@ def test_opcheck(options: Arguments) -> None:
 
 
 @OPTIONS
-def test_fake_and_meta_tensors_have_the_real_shapes(options: Arguments) -> None:
+def test_fake_and_meta_tensors_have_the_real_shapes(options: Arguments, assert_shapes_without_data: Any) -> None:
     call = _call(**options, dtype=torch.bfloat16)
-    real = OPERATOR(*call)
-    with FakeTensorMode() as mode:
-        fake = OPERATOR(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in call))
-    meta = OPERATOR(*(value.to("meta") if torch.is_tensor(value) else value for value in call))
-    for expected, first, second in zip(real, fake, meta, strict=True):
-        assert (first.shape, first.dtype, first.stride()) == (expected.shape, expected.dtype, expected.stride())
-        assert (second.shape, second.dtype, second.is_meta) == (expected.shape, expected.dtype, True)
+    assert_shapes_without_data(OPERATOR, call)
 
 
-def test_compiles_in_one_graph_for_every_size() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(_run_plain, fullgraph=True, backend="aot_eager", dynamic=True)
-    for trial, size in enumerate(((6, 7), (9, 15), (12, 8))):
-        arguments = _inputs(*size)
-        leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
-        with torch._dynamo.config.patch(error_on_recompile=trial > 0):
-            mine = compiled(leaves)
-        expected = _run_plain(leaves)
-        grads = [torch.autograd.grad(out.sum(), list(leaves.values())) for out in (mine, expected)]
-        for one, other in zip((mine, *grads[0]), (expected, *grads[1]), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+def test_compiles_in_one_graph_for_every_size(assert_compiles: Any) -> None:
+    inputs = (_inputs(*size) for size in ((6, 7), (9, 15), (12, 8)))
+    assert_compiles(_run_plain, *({name: x for name, x in found.items() if name != "window"} for found in inputs))
 
 
 def _run_plain(tensors: dict[str, Tensor]) -> Tensor:
@@ -327,58 +325,75 @@ def test_export_form_equals_the_operator(options: Arguments) -> None:
 
 
 @pytest.mark.parametrize("order", ["roll_pad", "pad_roll"])
-def test_exported_program_at_sizes_that_were_not_traced(order: str) -> None:
+def test_exported_program_at_sizes_that_were_not_traced(order: str, assert_exports: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q, k, v, 4, 2, table=table, order=order)
+
     table = _inputs()["table"]
+    assert_exports(attend, {OPERATOR: export_form}, _maps, (2, 9, 12), (3, 6, 21), (1, 17, 8))
+
+
+@pytest.mark.parametrize("drop", ["axis", "map"])
+def test_exported_program_drops_the_shifts_of_the_map_at_hand(drop: str, assert_exports: Any) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q, k, v, 4, (2, 1), table=table, order="pad_roll", drop_shift=drop)
+
+    table, sizes = _inputs()["table"], ((3, 6, 21), (1, 3, 9), (2, 5, 4), (1, 2, 3))
+    assert_exports(attend, {OPERATOR: export_form}, _maps, (2, 9, 12), *sizes, guards=False)
+
+
+@pytest.mark.parametrize("order", ["roll_pad", "pad_roll"])
+def test_onnx_rolls_by_the_map_at_hand(order: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason='ONNX needs pip install "subquad[export]"')
 
     class Attention(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-            return window_attention(q, k, v, 4, 2, table=table, order=order)
+        def forward(self, q: Tensor) -> Tensor:
+            return window_attention(q, q, q, 4, (2, 1), order=order, drop_shift="axis")
 
-    def tensors(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-        arguments = _inputs(height, width, batch=batch)
-        return tuple(arguments[name] for name in ("q", "k", "v"))
+    (example, *_), axes = _maps(2, 9, 12), ({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO},)
+    program = torch.export.export(Attention(), (example.float(),), dynamic_shapes=axes)
+    written = torch.onnx.export(program.run_decompositions({OPERATOR: export_form}), dynamo=True, verbose=False)
+    assert written is not None
+    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for size in ((3, 6, 21), (1, 3, 9), (2, 5, 4)):
+        q = _maps(*size)[0].float()
+        (o,) = session.run(None, {session.get_inputs()[0].name: q.numpy()})
+        torch.testing.assert_close(torch.from_numpy(o), Attention()(q), rtol=0, atol=1e-6 * q.abs().max().item())
 
-    axes = tuple({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO} for _ in "qkv")
-    program = torch.export.export(Attention(), tensors(2, 9, 12), dynamic_shapes=axes)
-    assert [node.target for node in program.graph.nodes].count(OPERATOR) == 1
-    decomposed = program.run_decompositions({OPERATOR: export_form})
-    assert not [node for node in decomposed.graph.nodes if "subquad" in str(node.target)]
-    for size in ((3, 6, 21), (1, 17, 8)):
-        expected = Attention()(*tensors(*size))
-        torch.testing.assert_close(decomposed.module()(*tensors(*size)), expected, rtol=EXACT, atol=EXACT)
+
+def _maps(batch: int, height: int, width: int) -> tuple[Tensor, ...]:
+    return tuple(_inputs(height, width, batch=batch)[name] for name in ("q", "k", "v"))
 
 
 # Bad input -------------------------------------------------------------------------------------------------------
 
-Change = Callable[[Arguments], Arguments]
-
-
-def _of(name: str, function: Callable[[Tensor], object]) -> Change:
-    return lambda arguments: {name: function(arguments[name])}
-
-
 # name: (what to change in good arguments, exception, fragments of the message)
-BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
-    "q_list": (_of("q", lambda q: q.tolist()), TypeError, ("q must be a tensor", "list")),
+BAD: dict[str, tuple[Any, ...]] = {
+    "q_list": (lambda a: {"q": a["q"].tolist()}, TypeError, ("q must be a tensor", "list")),
     "table_number": (lambda _: {"table": 1.0}, TypeError, ("table must be a tensor", "float")),
-    "q_rank": (_of("q", lambda q: q[0]), ValueError, ("q must be (B, H, W, heads, channels)", "(7, 10, 2, 4)")),
-    "k_map": (_of("k", lambda k: k[:, :6]), ValueError, ("k must have shape (B, H, W, heads, D)", "(2, 6, 10, 2, 4)")),
-    "v_heads": (_of("v", lambda v: v[..., :1, :]), ValueError, ("v must have shape (B, H, W, heads, E)",)),
-    "no_columns": (_of("q", lambda q: q[:, :, :0]), ValueError, ("q must not be empty", "(2, 7, 0, 2, 4)")),
-    "dtype": (_of("q", Tensor.long), TypeError, ("q must be of dtype float32", "got int64")),
-    "mixed": (_of("pad_v", Tensor.float), TypeError, ("pad_v must be of dtype float64", "got float32")),
-    "device": (_of("k", lambda k: k.to("meta")), ValueError, ("k is on meta, expected cpu",)),
+    "q_rank": (lambda a: {"q": a["q"][0]}, ValueError, ("q must be (B, H, W, heads, channels)", "(7, 10, 2, 4)")),
+    "k_map": (
+        lambda a: {"k": a["k"][:, :6]},
+        ValueError,
+        ("k must have shape (B, H, W, heads, D)", "(2, 6, 10, 2, 4)"),
+    ),
+    "v_heads": (lambda a: {"v": a["v"][..., :1, :]}, ValueError, ("v must have shape (B, H, W, heads, E)",)),
+    "no_columns": (lambda a: {"q": a["q"][:, :, :0]}, ValueError, ("q must not be empty", "(2, 7, 0, 2, 4)")),
+    "dtype": (lambda a: {"q": a["q"].long()}, TypeError, ("q must be of dtype float32", "got int64")),
+    "mixed": (lambda a: {"pad_v": a["pad_v"].float()}, TypeError, ("pad_v must be of dtype float64", "got float32")),
+    "device": (lambda a: {"k": a["k"].to("meta")}, ValueError, ("k is on meta, expected cpu",)),
     "table_shape": (
-        _of("table", lambda table: table.mT),
+        lambda a: {"table": a["table"].mT},
         ValueError,
         ("table must have shape ((2 h - 1) (2 w - 1), heads) = (49, 2)", "(2, 49)"),
     ),
-    "pad_shape": (_of("pad_k", lambda pad: pad[:1]), ValueError, ("pad_k must have shape (heads, D) = (2, 4)",)),
+    "pad_shape": (lambda a: {"pad_k": a["pad_k"][:1]}, ValueError, ("pad_k must have shape (heads, D) = (2, 4)",)),
     "window_0": (lambda _: {"window": 0}, ValueError, ("window must be a positive integer", "got 0")),
     "window_axes": (lambda _: {"window": (3, 3, 3)}, ValueError, ("window", "or two of them", "(3, 3, 3)")),
     "shift": (lambda _: {"shift": (1, 4)}, ValueError, ("on axis 1 shift must be below the window's 4, got 4",)),
     "negative_shift": (lambda _: {"shift": -1}, ValueError, ("shift must be an integer from 0 on", "-1")),
     "order": (lambda _: {"order": "pad"}, ValueError, ("unknown order 'pad'", "'roll_pad', 'pad_roll'")),
+    "drop": (lambda _: {"drop_shift": "both"}, ValueError, ("unknown drop_shift 'both'", "'never', 'axis', 'map'")),
     "index": (lambda _: {"index": "kq"}, ValueError, ("unknown index 'kq'", "'q-k', 'k-q'")),
     "mask": (lambda _: {"mask_value": 1.0}, ValueError, ("mask_value must not be positive, got 1.0",)),
     "grid": (lambda _: {"grid": True}, ValueError, ("on axis 0 a grid of 4 must divide the map's 7",)),
@@ -391,11 +406,6 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "exception", "fragments"), BAD.values(), ids=BAD.keys())
-def test_bad_input(change: Change, exception: type[Exception], fragments: tuple[str, ...]) -> None:
-    arguments = _inputs(7, 10)
-    with pytest.raises(exception) as error:
-        window_attention(**(arguments | change(arguments)))
-    message = str(error.value)
-    assert message.startswith("window_attention: ")
-    assert all(fragment in message for fragment in fragments), message
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_bad_input(bad: tuple[Any, ...], assert_refuses: Any) -> None:
+    assert_refuses(window_attention, _inputs(7, 10), *bad)
