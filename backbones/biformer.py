@@ -100,9 +100,8 @@ class BiFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.has_position = pos_size > 0
         self.pre_norm = pre_norm
-        self.pos_embed = DepthwiseConv(dim, pos_size, **dd) if pos_size > 0 else nn.Identity()
+        self.pos_embed = DepthwiseConv(dim, pos_size, residual=True, **dd) if pos_size > 0 else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = mixer(dim, **dd)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
@@ -112,8 +111,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_position:
-            x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         if self.pre_norm:
             x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
             x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

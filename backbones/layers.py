@@ -13,7 +13,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, StageSpec, resample_position
-from subquad.ops import linear_attention, selective_scan
+from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
 from subquad.ops.maps import crop
 from subquad.ops.selective_scan import ROUTES
 
@@ -180,11 +180,49 @@ class MapConv2d(nn.Conv2d):
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
 
 
-class DepthwiseConv(MapConv2d):
-    """Depthwise convolution of a map (B, H, W, dim) that keeps its size; ``kernel_size`` is odd."""
+@register_notrace_function
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", residual: bool = False
+) -> Tensor:
+    """``subquad.ops.depthwise_conv2d`` with weight (C, 1, kh, kw): in eager mode, in TorchScript and for torch.fx."""
+    weight = weight.squeeze(1)
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        top, left = weight.shape[1] // 2, weight.shape[2] // 2
+        y = torch.ops.subquad.depthwise_conv(x, weight, bias, top, left, False, activation, residual)
+    else:
+        y = depthwise_conv2d(x, weight, bias, activation=activation, residual=residual)
+    return y
 
-    def __init__(self, dim: int, kernel_size: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of a map (B, H, W, dim) that keeps its size.
+
+    Args:
+        dim: channels.
+        kernel_size: odd.
+        activation: what follows the convolution, one of ``subquad.ops.depthwise_conv.ACTIVATIONS``.
+        residual: add the map before the activation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        activation: str = "none",
+        residual: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias, **dd)
+        self.activation = activation
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias, self.activation, self.residual)
 
 
 # Linear attention -----------------------------------------------------------------------------------------------------

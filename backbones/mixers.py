@@ -23,7 +23,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
-from subquad.backbones.layers import DepthwiseConv, attend
+from subquad.backbones.layers import DepthwiseConv, attend, convolve
 
 
 class HeadConv(nn.Conv2d):
@@ -37,9 +37,8 @@ class HeadConv(nn.Conv2d):
         bias = self.bias
         if bias is not None:
             bias = bias.repeat(heads)
-        x = x.unflatten(1, (feat_size[0], feat_size[1])).permute(0, 3, 1, 2)
-        x = F.conv2d(x, self.weight.repeat(heads, 1, 1, 1), bias, padding=2, groups=heads * self.weight.shape[0])
-        return x.permute(0, 2, 3, 1).flatten(1, 2)
+        x = x.unflatten(1, (feat_size[0], feat_size[1]))
+        return convolve(x, self.weight.repeat(heads, 1, 1, 1), bias).flatten(1, 2)
 
 
 def projections(dim: int, parts: int, bare: bool, **dd: Any) -> tuple[nn.Module, nn.Module]:

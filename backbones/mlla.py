@@ -60,25 +60,25 @@ class MLLABlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.cpe1 = DepthwiseConv(dim, 3, **dd)
+        self.cpe1 = DepthwiseConv(dim, 3, residual=True, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.gate_proj = nn.Linear(dim, dim, **dd)
         self.in_proj = nn.Linear(dim, dim, **dd)
-        self.conv = DepthwiseConv(dim, 3, **dd)
+        self.conv = DepthwiseConv(dim, 3, activation="silu", **dd)
         self.attn = RotaryLinearAttention(dim, num_heads, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd)
-        self.cpe2 = DepthwiseConv(dim, 3, **dd)
+        self.cpe2 = DepthwiseConv(dim, 3, residual=True, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         y = self.norm1(x)
         gate = F.silu(self.gate_proj(y))
-        y = F.silu(self.conv(self.in_proj(y)))
+        y = self.conv(self.in_proj(y))
         x = x + self.drop_path(self.out_proj(self.attn(y) * gate))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -21,6 +21,7 @@ from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 from subquad.backbones.layers import (
     FRAME_NAMES,
+    DepthwiseConv,
     InputLayerNorm,
     MapConv2d,
     ScanParameters,
@@ -86,7 +87,7 @@ class MultiScaleSS2D(ScanParameters):
         self.norm_scans = merge == "normed"
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
-        self.conv = MapConv2d(inner, inner, 3, padding=1, groups=inner, **dd)
+        self.conv = DepthwiseConv(inner, 3, activation="silu", **dd)
         self.half_conv = MapConv2d(inner, inner, 7, stride=2, padding=3, groups=inner, **dd)
         self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
         self.se = SqueezeExcite(inner, max(1, inner // 8), **dd)
@@ -98,7 +99,7 @@ class MultiScaleSS2D(ScanParameters):
         if self.gate_proj is not None:
             gate = F.silu(self.gate_proj(x))
         x = self.in_proj(x)
-        y = self.scan_full(F.silu(self.conv(x)).contiguous())
+        y = self.scan_full(self.conv(x))
         half = self.scan_half(F.silu(self.half_conv(x)).contiguous()).permute(0, 3, 1, 2)
         size = [x.shape[1], x.shape[2]]
         if self.norm_scans:
@@ -139,13 +140,11 @@ class ConvFFN(nn.Module):
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.conv = MapConv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
-        self.act = nn.GELU()
+        self.conv = DepthwiseConv(hidden, 3, activation="gelu", residual=True, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(self.act(x + self.conv(x)))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 class MSVMambaBlock(nn.Module):

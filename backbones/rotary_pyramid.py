@@ -76,12 +76,11 @@ class ConvMlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = nn.GELU()
-        self.conv = DepthwiseConv(hidden, 3, **dd)
+        self.conv = DepthwiseConv(hidden, 3, residual=True, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))
-        return self.fc2(x + self.conv(x))
+        return self.fc2(self.conv(self.act(self.fc1(x))))
 
 
 class LayerScale(nn.Module):
@@ -125,21 +124,21 @@ class RotaryBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.cpe1 = DepthwiseConv(dim, 3, **dd)
+        self.cpe1 = DepthwiseConv(dim, 3, residual=True, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = mixer(dim, **dd)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.cpe2 = DepthwiseConv(dim, 3, **dd) if second_cpe else None
+        self.cpe2 = DepthwiseConv(dim, 3, residual=True, **dd) if second_cpe else None
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = ConvMlp(dim, int(mlp_ratio * dim), **dd)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         if self.cpe2 is not None:
-            x = x + self.cpe2(x)
+            x = self.cpe2(x)
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 

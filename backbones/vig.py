@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Isotropic, Pyramid
 from subquad.backbones.images import check_image_size
-from subquad.backbones.layers import FRAME_NAMES, MapConv2d, frame, position_map, stage_dims
+from subquad.backbones.layers import FRAME_NAMES, DepthwiseConv, MapConv2d, frame, position_map, stage_dims
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import gated_linear_attention
 
@@ -80,8 +80,7 @@ class GatedAttention(nn.Module):
         self.sizes = [keys, keys, dim]
         self.scale, self.normalizer = (keys // num_heads) ** -0.5, GATE_NORMALIZER
         self.halved_in_eval = halved_in_eval
-        self.conv = MapConv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
-        self.conv_act = nn.SiLU() if conv_act else nn.Identity()
+        self.conv = DepthwiseConv(dim, 3, bias=False, activation="silu" if conv_act else "none", **dd)
         self.qkv = nn.Linear(dim, sum(self.sizes), bias=False, **dd)
         self.gate_down = nn.Linear(dim, GATE_RANK, bias=False, **dd)
         self.gate_up = nn.Linear(GATE_RANK, 2 * keys, **dd)
@@ -102,7 +101,7 @@ class GatedAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_act(self.conv(x))
+        x = self.conv(x)
         tokens = x.flatten(1, 2)
         q, k, v = self.qkv(tokens).split(self.sizes, dim=-1)
         gates = self.gate_up(self.gate_down(tokens)).unflatten(-1, (2, self.num_heads, -1))

@@ -23,24 +23,24 @@ from subquad.backbones.base import Isotropic
 from subquad.backbones.images import check_image_size
 from subquad.backbones.layers import ScanParameters, position_map, scan_rank, scan_routes
 from subquad.backbones.registry import default_cfg, register_variants
+from subquad.ops import causal_conv1d
 from subquad.ops.selective_scan import ROUTES
 
 __all__ = ["Vim", "VimBlock", "VimMixer"]
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """Depthwise convolution of tokens (B, L, E) with weight (E, T): tap j sees token t - (T - 1) + j.
-
-    With ``reverse`` the sequence is seen from its end: tap j sees token t + (T - 1) - j. Beyond the ends are zeros.
-    """
-    length, last = x.shape[1], weight.shape[1] - 1
-    if reverse:
-        weight = weight.flip(1)
-    # The convolution sees the same memory as a channels-last (B, E, 1, L).
-    x = x.transpose(1, 2).unsqueeze(2)
-    y = F.conv2d(x, weight[:, None, None], bias, padding=[0, last], groups=weight.shape[0])
-    y = y.squeeze(2).transpose(1, 2)
-    return y[:, last:] if reverse else y[:, :length]
+@register_notrace_function
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """``subquad.ops.causal_conv1d`` with SiLU: in eager mode, in TorchScript and as a leaf of torch.fx."""
+    if torch.jit.is_scripting():
+        # The operator itself, because TorchScript cannot compile the checks of the public function.
+        left = 0 if reverse else weight.shape[1] - 1
+        y = torch.ops.subquad.depthwise_conv(
+            x.unsqueeze(1), weight.unsqueeze(1), bias, 0, left, reverse, "silu", False
+        ).squeeze(1)
+    else:
+        y = causal_conv1d(x, weight, bias, activation="silu", reverse=reverse)
+    return y
 
 
 class VimMixer(ScanParameters):
@@ -104,7 +104,7 @@ class VimMixer(ScanParameters):
 
     def scan(self, x: Tensor, k: int, routes: list[int]) -> Tensor:
         """One direction: convolution, SiLU and scan of (B, L, E) with the k-th parameters, in float32."""
-        x = F.silu(_causal_conv(x, self.conv_weight[k], self.conv_bias[k], k == 1))
+        x = _convolve(x, self.conv_weight[k], self.conv_bias[k], k == 1)
         dt, B, C = self.project(x, k, k + 1)
         A_log, D, dt_weight, dt_bias = (
             self.A_log[k : k + 1],

@@ -19,8 +19,8 @@ from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 from subquad.backbones.layers import (
     FRAME_NAMES,
+    DepthwiseConv,
     InputLayerNorm,
-    MapConv2d,
     ScanParameters,
     check_scan_sizes,
     fit_scan_weights,
@@ -70,7 +70,7 @@ class SS2D(ScanParameters):
         self.routes = [ROUTES[route] for route in CROSS]
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
-        self.conv = MapConv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=conv_bias, **dd)
+        self.conv = DepthwiseConv(inner, kernel_size, bias=conv_bias, activation="silu", **dd)
         self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -81,7 +81,7 @@ class SS2D(ScanParameters):
         if self.gate_proj is not None:
             gate = F.silu(self.gate_proj(x))
         x = self.in_proj(x)
-        x = F.silu(self.conv(x)).contiguous()
+        x = self.conv(x)
         dt, B, C = self.project(x, 0, len(self.routes))
         y, _ = scan_routes(x, dt, self.A_log, B, C, self.D, self.dt_weight, self.dt_bias, self.routes)
         y = self.out_act(self.out_norm(y).type_as(x))

@@ -6,6 +6,7 @@ one.
 """
 
 from subquad.ops._dispatch import Explanation, explain, use_backend
+from subquad.ops.depthwise_conv import causal_conv1d, depthwise_conv2d
 from subquad.ops.gated_linear_attention import gated_linear_attention
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
@@ -24,6 +25,8 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "causal_conv1d",
+    "depthwise_conv2d",
     "explain",
     "gated_linear_attention",
     "linear_attention",

@@ -31,6 +31,7 @@ from torch.export import Dim, ExportedProgram
 
 from subquad.backbones import weights
 from subquad.backbones.registry import check_model
+from subquad.ops.depthwise_conv import export_form as depthwise_conv_form
 from subquad.ops.gated_linear_attention import export_form as gated_linear_attention_form
 from subquad.ops.linear_attention import export_form as linear_attention_form
 from subquad.ops.neighborhood_attention import export_form as neighborhood_attention_form
@@ -45,6 +46,7 @@ TOLERANCE = 1e-4
 """Largest difference from the model that a program may show, relative to the largest magnitude of the output."""
 
 EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.ops.subquad.depthwise_conv.default: depthwise_conv_form.export_form,
     torch.ops.subquad.gated_linear_attention.default: gated_linear_attention_form.export_form,
     torch.ops.subquad.linear_attention.default: linear_attention_form.export_form,
     torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,

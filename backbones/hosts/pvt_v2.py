@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
@@ -33,11 +32,11 @@ class DepthwiseMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.conv = DepthwiseConv(hidden, 3, **dd)
+        self.conv = DepthwiseConv(hidden, 3, activation="gelu", **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.conv(self.fc1(x))))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 def overlapping_patches(in_dim: int, dim: int, patch_size: int, stride: int, norm: Factory, **dd: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.backbones import weights
-from subquad.backbones.vim import Vim, _causal_conv, checkpoint_filter_fn
+from subquad.backbones.vim import Vim, checkpoint_filter_fn
 
 TINY: dict[str, Any] = {"dim": 16, "depth": 3, "d_state": 2, "img_size": 64, "num_classes": 5}
 
@@ -23,16 +23,6 @@ def _official(model: Vim, patches: int, index: int | None) -> dict[str, Tensor]:
     rows = patches + (index is not None)
     official = {"pos_embed": torch.randn(1, rows, 16, generator=generator), "layers.0.norm.weight": torch.ones(16)}
     return official | ({"cls_token": torch.randn(1, 1, 16, generator=generator)} if index is not None else {})
-
-
-def test_causal_convolutions_equal_pytorch_on_a_flipped_sequence() -> None:
-    x, weight, bias = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6)
-
-    def padded(x: Tensor) -> Tensor:
-        return F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=6).mT
-
-    torch.testing.assert_close(_causal_conv(x, weight, bias, reverse=False), padded(x))
-    torch.testing.assert_close(_causal_conv(x, weight, bias, reverse=True), padded(x.flip(1)).flip(1))
 
 
 @pytest.mark.parametrize(("place", "index"), [("middle", 8), (0, 0), (3, 3), (16, 16)])

@@ -30,6 +30,7 @@ SCAN = ops.OPS["selective_scan"]
 GATED = ops.OPS["gated_linear_attention"]
 NEIGHBORHOOD = ops.OPS["neighborhood_attention"]
 WINDOW = ops.OPS["window_attention"]
+DEPTHWISE = ops.OPS["depthwise_conv"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
 
@@ -416,6 +417,24 @@ def test_peers_that_copy_windows_compute_the_same(quick: dict[str, Any], variant
     options = OpsOptions(**{"shapes": ("2x8x15x2x8",), "variants": (variant,), **quick})
     rows = ops.run(options, {WINDOW.name: WINDOW})
     assert {row["system"]: row["status"] for row in rows} == dict.fromkeys(("ours", "timm_eager", "sdpa"), "ok")
+
+
+@pytest.mark.parametrize("variant", DEPTHWISE.variants)
+def test_convolutions_of_peers_compute_the_same(quick: dict[str, Any], variant: str) -> None:
+    shape = "2x1x9x6" if variant.startswith("causal") else "2x5x9x6"
+    rows = ops.run(OpsOptions(**{"shapes": (shape,), "variants": (variant,), **quick}), {DEPTHWISE.name: DEPTHWISE})
+    assert {row["system"]: row["status"] for row in rows if row["system"] != "conv2d_search"} == {
+        "ours": "ok",
+        "conv2d": "ok",
+    }
+
+
+def test_floor_of_a_depthwise_convolution() -> None:
+    cost = DEPTHWISE.cost(Case((128, 56, 56, 96), "3x3-silu"), 2)
+    row = ops.floors(cost, Ceilings(copy=3.0e12, matmul=7.5e14, exp2=4.13e12))
+    # 38.5 M numbers of 2 bytes, read and written; the gradients read two of them and write one
+    assert row["fwd_floor_ms"] == pytest.approx(0.0514, abs=1e-4)
+    assert row["fb_floor_ms"] == pytest.approx(0.1285, abs=1e-4)
 
 
 def test_plan_of_a_sweep() -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.tools.benchmarks import (
+    depthwise_conv,
     gate,
     gated_linear_attention,
     linear_attention,
@@ -28,6 +29,7 @@ from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, Syste
 OPS: dict[str, OpEntry] = {
     entry.name: entry
     for entry in (
+        depthwise_conv.ENTRY,
         linear_attention.ENTRY,
         gated_linear_attention.ENTRY,
         neighborhood_attention.ENTRY,
