@@ -15,6 +15,7 @@ _PLAIN = {
     *("stride_qb", "stride_qy", "stride_qx", "stride_qh", "stride_kb", "stride_ky", "stride_kx", "stride_kh"),
     *("stride_vb", "stride_vy", "stride_vx", "stride_vh", "heads", "height", "width"),
     *("dilation_y", "dilation_x", "tiles_y", "tiles_x"),
+    *("stride_wb", "stride_wy", "stride_wx", "stride_wh", "blocks", "tokens"),  # of the split forms
 }
 
 

@@ -79,7 +79,8 @@ def _gathered(case: Case, tensors: Tensors) -> Tensor:
     k, v = (
         x.gather(2, regions.expand(-1, -1, -1, *x.shape[3:])).unflatten(2, (-1, topk)).flatten(3, 4) for x in (k, v)
     )
-    o = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), scale=dim**-0.5)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)
     return join(o.unflatten(0, (batch, heads)), size, height, width)
 
 
