@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -94,3 +95,23 @@ def gradient_step(b_s, b_dp, b_lse, b_delta):
     """P = exp2(s - lse) and dS = P (dP - delta), each [Tq, Tk]; s and lse [Tq] in base 2."""
     b_p = tl.exp2(b_s - b_lse[:, None])
     return b_p, b_p * (b_dp - b_delta[:, None])
+
+
+# Before and after the kernels ------------------------------------------------------------------------------------
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """``x`` (B, H, W, heads, channels), copied if a pixel's number does not lead to its address by one stride."""
+    if x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2] * x.stride(2)):
+        return x.contiguous()
+    return x
+
+
+def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """Strides of an image, a pixel and a head of (B, H, W, heads, channels)."""
+    return x.stride(0), x.stride(2) if x.shape[2] > 1 else x.stride(1), x.stride(3)
+
+
+def pad_gradient(pad: Tensor, partials: Tensor) -> Tensor:
+    """The gradient of padding's key or value (heads, channels) from sums of programs; zeros if the map has none."""
+    return partials.sum(0).to(pad.dtype) if partials.numel() else pad.new_zeros(pad.shape)

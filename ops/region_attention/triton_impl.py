@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _triton
+from subquad.ops._triton_attention import pad_gradient, strides_of, with_rows
 from subquad.ops.region_attention._triton_kernels import (
     region_attention_bwd_kernel_keys,
     region_attention_bwd_kernel_queries,
@@ -95,21 +96,9 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(call: RegionCall) -> _Inputs:
-    q, k, v = (_with_rows(x) for x in call[:3])
+    q, k, v = (with_rows(x) for x in call[:3])
     weights, pad_k, pad_v = (q if x is None else x.contiguous() for x in (call.weights, call.pad_k, call.pad_v))
     return _Inputs(q, k, v, call.regions.contiguous(), weights, pad_k, pad_v)
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """``x`` (B, H, W, heads, channels), copied if a pixel's number does not lead to its address by one stride."""
-    if x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2] * x.stride(2)):
-        return x.contiguous()
-    return x
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of an image, a pixel and a head of (B, H, W, heads, channels)."""
-    return x.stride(0), x.stride(2) if x.shape[2] > 1 else x.stride(1), x.stride(3)
 
 
 class _Plan(NamedTuple):
@@ -174,7 +163,7 @@ def _make_plan(which: str, call: RegionCall, inputs: _Inputs, config: Config) ->
         programs=batch * heads * owners * tiles,
         tiles=tiles,
         sizes=(
-            *(stride for x in inputs[:3] for stride in _strides(x)),
+            *(stride for x in inputs[:3] for stride in strides_of(x)),
             *(height, width, columns, *call.region_size, kv_height, kv_width, kv_columns, *call.kv_region_size),
             *(rows * columns, kv_rows * kv_columns, heads, *call.regions.shape[1::2], tiles),
         ),
@@ -280,7 +269,7 @@ def _backward_keys(call: RegionCall, grad_o: Tensor, rows: Tensor, config: Confi
             plan.meta,
         )
     pads = ((call.pad_k, pad_k), (call.pad_v, pad_v))
-    return grad_k, grad_v, *(None if pad is None else _pad_gradient(pad, partials) for pad, partials in pads)
+    return grad_k, grad_v, *(None if pad is None else pad_gradient(pad, partials) for pad, partials in pads)
 
 
 def _turned_round(regions: Tensor, call: RegionCall) -> tuple[Tensor, Tensor]:
@@ -293,8 +282,3 @@ def _turned_round(regions: Tensor, call: RegionCall) -> tuple[Tensor, Tensor]:
     bounds = torch.arange(rows * columns + 1, dtype=named.dtype, device=named.device)
     bounds = bounds.expand(*named.shape[:2], -1).contiguous()
     return entries, torch.searchsorted(named, bounds, out_int32=True)
-
-
-def _pad_gradient(pad: Tensor, partials: Tensor) -> Tensor:
-    """Zeros where the map has no padding."""
-    return partials.sum(0).to(pad.dtype) if partials.numel() else pad.new_zeros(pad.shape)
