@@ -33,7 +33,6 @@ from subquad.ops.depthwise_conv._triton_kernels import (
 )
 from subquad.ops.depthwise_conv.call import ConvCall, Gradients
 
-_MOST_PLANS = 256  # a bound for programs that see images of any size
 _CHANNELS = 32
 """Channels of a tile: 64 bytes of a pixel in 16 bits, and what the channels of most models are multiples of."""
 
@@ -100,23 +99,18 @@ class _Plan(NamedTuple):
     launch: _triton.Launcher
 
 
-_plans: dict[object, _Plan] = {}
+_plans: _triton.Plans[_Plan] = _triton.Plans()
 
 
 def _plan_for(which: str, call: ConvCall, config: Config, *more: Tensor) -> _Plan:
-    """The plan of a call's shape class: made once, with all that the kernels are compiled for.
+    """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward", "activation" (its gradient, by the forward kernel) or "backward".
         more: tensors besides the call's that the kernels see.
     """
-    key = (which, config, call.x.device, *call[3:], *map(_triton.facts, (*call[:3], *more)))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(which, call, config)
-    return plan
+    key = (which, config, *call[3:], *map(_triton.facts, (*call[:3], *more)))
+    return _plans.get(key, call.x, lambda: _make_plan(which, call, config))
 
 
 def _make_plan(which: str, call: ConvCall, config: Config) -> _Plan:

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from subquad.ops._triton_attention import LOG2E, store_rows
 from subquad.ops.neighborhood_attention._triton_tiles import (
-    _LOG2E,
     _NOWHERE,
     _area,
     _bias,
@@ -16,7 +16,6 @@ from subquad.ops.neighborhood_attention._triton_tiles import (
     _program,
     _queries,
     _sees,
-    _store_rows,
     _tokens,
 )
 
@@ -89,7 +88,7 @@ def neighborhood_attention_bwd_kernel_queries(
     b_do = _load_rows(p_do + o_image * E, o_out * E, E, BE)
     b_o = _load_rows(p_o + o_image * E, o_out * E, E, BE)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1) - tl.load(p_dlse + o_image + o_out)
-    b_lse = tl.load(p_lse + o_image + o_out) * _LOG2E
+    b_lse = tl.load(p_lse + o_image + o_out) * LOG2E
     p_row = p_rows + o_image * 2 + (o_out * 2)[:, None] + tl.arange(0, 2)[None, :]
     tl.store(p_row, tl.join(b_lse, b_delta), mask=m_q[:, None])
     p_rpb += head * ((2 * KY - 1) * (2 * KX - 1))
@@ -107,7 +106,7 @@ def neighborhood_attention_bwd_kernel_queries(
         b_v = _load_rows(p_v, (o_sy.to(INDEX) * stride_vy + o_sx.to(INDEX) * stride_vx) * ALIGN, E, BE)
         m_y = _sees(o_firsty[:, None], o_qy[:, None], o_ky[None, :], KY, CAUSAL_Y)
         m_x = _sees(o_firstx[:, None], o_qx[:, None], o_kx[None, :], KX, CAUSAL_X)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * _LOG2E)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
         b_s += tl.where(m_x, -b_lse[:, None], float("-inf"))  # one instruction with the product; the same for all slabs
         if BIAS:
             o_ry, o_rx = key_sy - y_0 + (KY - 1), key_sx - x_0 + (KX - 1)
@@ -118,7 +117,7 @@ def neighborhood_attention_bwd_kernel_queries(
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
         if BIAS:
             b_table = _add_to_table(b_table, b_ds, o_ry, o_rx, NY, NX, TY, TX, BY, BX, b_k.dtype)
-    _store_rows(p_dq + o_image * D, o_out * D, b_dq * scale, m_q, D, BD)
+    store_rows(p_dq + o_image * D, o_out * D, b_dq * scale, m_q, D, BD)
     if BIAS:
         i_table = head.to(tl.int64) * (tl.num_programs(0) // heads) + tl.program_id(0) // heads
         o_table = tl.arange(0, NY)[:, None] * NX + tl.arange(0, NX)[None, :]
@@ -178,7 +177,7 @@ def neighborhood_attention_bwd_kernel_keys(
         o_firstx = tl.where(o_qx < n_x, _first(o_qx, n_x, KX, STRIDE_X, CAUSAL_X), _NOWHERE)
         m_y = _sees(o_firsty[None, :], o_qy[None, :], o_ky[:, None], KY, CAUSAL_Y)
         m_x = _sees(o_firstx[None, :], o_qx[None, :], o_kx[:, None], KX, CAUSAL_X)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * _LOG2E) - b_lse[None, :]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E) - b_lse[None, :]
         if BIAS:
             p_table = p_rpb + query_head * ((2 * KY - 1) * (2 * KX - 1))
             b_s += _bias(p_table, y_0 - query_sy + (KY - 1), x_0 - query_sx + (KX - 1), KY, KX, TY, TX, BY, BX, True)
@@ -188,5 +187,5 @@ def neighborhood_attention_bwd_kernel_keys(
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    _store_rows(p_dk + o_image * D, o_out * D, b_dk * scale, m_k, D, BD)
-    _store_rows(p_dv + o_image * E, o_out * E, b_dv, m_k, E, BE)
+    store_rows(p_dk + o_image * D, o_out * D, b_dk * scale, m_k, D, BD)
+    store_rows(p_dv + o_image * E, o_out * E, b_dv, m_k, E, BE)

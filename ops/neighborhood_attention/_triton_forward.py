@@ -2,9 +2,8 @@
 
 import triton.language as tl
 
+from subquad.ops._triton_attention import LN2, LOG2E, NOTHING_YET, softmax_step, store_rows
 from subquad.ops.neighborhood_attention._triton_tiles import (
-    _LN2,
-    _LOG2E,
     _area,
     _bias,
     _corner,
@@ -14,7 +13,6 @@ from subquad.ops.neighborhood_attention._triton_tiles import (
     _load_rows,
     _program,
     _sees,
-    _store_rows,
     _tokens,
 )
 
@@ -52,7 +50,7 @@ def neighborhood_attention_fwd_kernel(
     o_image = image * height * width * heads
     p_rpb += head * ((2 * KY - 1) * (2 * KX - 1))
 
-    b_max = tl.full((TY * TX,), -1e30, tl.float32)  # finite: a slab may have no key for a query
+    b_max = tl.full((TY * TX,), NOTHING_YET, tl.float32)
     b_sum = tl.zeros((TY * TX,), tl.float32)
     b_o = tl.zeros((TY * TX, BE), tl.float32)
     key_y, behind_y = _keys(y_0, n_y, TY, KY, STRIDE_Y, CAUSAL_Y)
@@ -66,17 +64,13 @@ def neighborhood_attention_fwd_kernel(
         b_v = _load_rows(p_v, (o_sy.to(INDEX) * stride_vy + o_sx.to(INDEX) * stride_vx) * ALIGN, E, BE)
         m_y = _sees(o_firsty[:, None], o_qy[:, None], o_ky[None, :], KY, CAUSAL_Y)
         m_x = _sees(o_firstx[:, None], o_qx[:, None], o_kx[None, :], KX, CAUSAL_X)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * _LOG2E)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
         b_s += tl.where(m_x, 0.0, float("-inf"))  # one instruction with the product; the same for all slabs
         if BIAS:
             o_ry, o_rx = key_sy - y_0 + (KY - 1), key_sx - x_0 + (KX - 1)
             b_s += _bias(p_rpb, o_ry, o_rx, KY, KX, TY, TX, BY, BX, False)
         b_s = tl.where(m_y, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_decay = tl.exp2(b_max - b_new)
-        b_max = b_new
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_p, b_decay, b_max, b_sum = softmax_step(b_s, b_max, b_sum)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
-    _store_rows(p_o + o_image * E, o_out * E, b_o / b_sum[:, None], m_q, E, BE)
-    tl.store(p_lse + o_image + o_out, (b_max + tl.log2(b_sum)) * _LN2, mask=m_q)
+    store_rows(p_o + o_image * E, o_out * E, b_o / b_sum[:, None], m_q, E, BE)
+    tl.store(p_lse + o_image + o_out, (b_max + tl.log2(b_sum)) * LN2, mask=m_q)

@@ -127,7 +127,7 @@ def _make_plan(which: str, call: NeighborhoodCall, config: Config) -> Plan:
     tiles = [triton.cdiv(tokens, tile) for tokens, tile in zip(groups, (tile_y, tile_x), strict=True)]
     extents = [_extent(which, call, axis, tile) for axis, tile in enumerate((tile_y, tile_x))]
     slab_y, slab_x, wide = _slab(config.slab, *extents, least_rows=1 if call.rpb is None else triton.cdiv(16, tile_y))
-    align = _alignment(call)
+    align = _alignment(call.q, call.k, call.v)
     single = call.q.dtype == torch.float32
     meta = {
         "REPEATS": heads // shared,
@@ -220,9 +220,9 @@ def _image_extent(call: NeighborhoodCall) -> int:
     return max(*strided, tokens * max(call.q.shape[-1], call.v.shape[-1]))
 
 
-def _alignment(call: NeighborhoodCall) -> int:
-    """Elements (16 bytes at most) that every row's offset is a multiple of, for wide loads."""
-    align = 16 // call.q.element_size()
-    while any(stride % align for x in (call.q, call.k, call.v) for stride in _strides(x)):
+def _alignment(*tensors: Tensor) -> int:
+    """Elements (16 bytes at most) that the offset of every row of the tensors is a multiple of, for wide loads."""
+    align = 16 // tensors[0].element_size()
+    while any(stride % align for x in tensors for stride in _strides(x)):
         align //= 2
     return align

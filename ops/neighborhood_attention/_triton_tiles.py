@@ -5,8 +5,8 @@ import inspect
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+from subquad.ops._triton_attention import LOG2E
+
 _NOWHERE = tl.constexpr(1 << 30)  # a window that no key is in
 
 # Numbers that say nothing about alignment: compiling a kernel for each of their special values (1, multiples of 16)
@@ -15,6 +15,7 @@ _PLAIN = {
     *("stride_qb", "stride_qy", "stride_qx", "stride_qh", "stride_kb", "stride_ky", "stride_kx", "stride_kh"),
     *("stride_vb", "stride_vy", "stride_vx", "stride_vh", "heads", "height", "width"),
     *("dilation_y", "dilation_x", "tiles_y", "tiles_x"),
+    *("stride_wb", "stride_wy", "stride_wx", "stride_wh", "blocks", "tokens"),  # of the split forms
 }
 
 
@@ -77,13 +78,6 @@ def _load_rows(p, o, D: tl.constexpr, BD: tl.constexpr):
     if D == BD:
         return tl.load(p + o[:, None] + o_d[None, :])
     return tl.load(p + o[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_rows(p, o, b, m, D: tl.constexpr, BD: tl.constexpr):
-    """The inverse, for tokens in m."""
-    o_d = tl.arange(0, BD)
-    tl.store(p + o[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m[:, None] & (o_d < D)[None, :])
 
 
 # Windows ---------------------------------------------------------------------------------------------------------
@@ -152,7 +146,7 @@ def _bias(
         o_row = o_y - (RY - 1) + o // NX
         o_column = o_x - (RX - 1) + o % NX
     m = (o_row >= 0) & (o_row < 2 * KY - 1) & (o_column >= 0) & (o_column < 2 * KX - 1)
-    b_part = tl.load(p_rpb + o_row * (2 * KX - 1) + o_column, mask=m, other=0.0).to(tl.float32) * _LOG2E
+    b_part = tl.load(p_rpb + o_row * (2 * KX - 1) + o_column, mask=m, other=0.0).to(tl.float32) * LOG2E
     o = tl.arange(0, RY * RX * CY * CX)
     o_r = o // (CY * CX)
     o_c = o % (CY * CX)

@@ -253,8 +253,22 @@ _define(_AV, _AV_SCHEMA, 3, _av, _av_fake, _av_backward)
 _PACKAGE = "subquad.ops.neighborhood_attention"
 
 
-def _no_kernels(call: NeighborhoodCall) -> str:
-    return "there are no kernels of the split forms"
+def _why_not_triton(call: NeighborhoodCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.q)) is not None:
+        return reason
+    if call.working == torch.float64:
+        return "float64 is computed in PyTorch"
+    if len(call.size) == 3:
+        return "the kernels serve one and two axes, got three"
+    if call.extra:
+        return "additional keys are looked up in PyTorch"
+    if (channels := max(call.k.shape[-1], call.v.shape[-1])) > 256:
+        return f"the kernels serve heads of at most 256 channels, got {channels}"
+    if (numbers := call.q[:1].numel() // call.q.shape[-1] * max(call.keys, channels)) >= 2**31:
+        return f"the kernels address images of up to {2**31} numbers, got {numbers}"
+    return None
 
 
 for _axes in (1, 2, 3):
@@ -262,7 +276,7 @@ for _axes in (1, 2, 3):
         _dispatch.register(
             f"na{_axes}d_{_form}",
             partial(_prepare, _axes),
-            _dispatch.Implementation("triton", "", _no_kernels),
+            _dispatch.Implementation("triton", f"{_PACKAGE}.triton_split", _why_not_triton),
             _dispatch.Implementation("torch", f"{_PACKAGE}.torch_impl"),
             _dispatch.Implementation("reference", f"{_PACKAGE}.reference"),
         )

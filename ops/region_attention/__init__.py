@@ -23,6 +23,7 @@ keeps one number a token and head for the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ __all__ = ["RegionCall", "region_attention", "route_regions"]
 
 _OP = "region_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_COUNTED = 2**20
+"""Where the kernels' divisions, which are products of float32 numbers, stay exact."""
 
 
 def region_attention(
@@ -327,10 +330,34 @@ _library.define(
 # Implementations -------------------------------------------------------------------------------------------------
 
 
+def _why_not_triton(call: RegionCall) -> str | None:
+    from subquad.ops import _triton
+
+    if (reason := _triton.why_not(call.q)) is not None:
+        return reason
+    if call.q.dtype == torch.float64:
+        return "float64 runs in PyTorch"
+    if call.q.shape[0] == 0:
+        return "empty batch"
+    most = 64 if call.q.dtype == torch.float32 else 128
+    if (widest := max(call.q.shape[-1], call.v.shape[-1])) > most:
+        return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"
+    spans = (max(x.stride(1), x.shape[2] * x.shape[3] * widest) * x.shape[1] for x in call[:3])
+    if (largest := max(spans)) >= 2**31:
+        return f"an image that spans {largest} elements, the kernels address up to {2**31}"
+    if (entries := math.prod(call.regions.shape[2:])) >= _MOST_COUNTED:
+        return f"{entries} chosen regions, the kernels count to {_MOST_COUNTED}"
+    if (regions := math.prod(call.kv_counts)) >= _MOST_COUNTED:
+        return f"{regions} regions of keys, the kernels count to {_MOST_COUNTED}"
+    if (tokens := max(math.prod(size) for size in (call.region_size, call.kv_region_size))) >= _MOST_COUNTED:
+        return f"regions of {tokens} tokens, the kernels count to {_MOST_COUNTED}"
+    return None
+
+
 _dispatch.register(
     _OP,
     prepare,
-    _dispatch.Implementation("triton", "", lambda call: "there are no Triton kernels of it yet"),
+    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
     _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
     _dispatch.Implementation("reference", f"{__name__}.reference"),
 )

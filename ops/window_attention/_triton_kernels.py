@@ -3,8 +3,19 @@
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+from subquad.ops._triton_attention import (
+    LN2,
+    LOG2E,
+    NOTHING_YET,
+    gradient_step,
+    load_gradient,
+    load_keys,
+    load_rows,
+    softmax_step,
+    store_row,
+    store_rows,
+    sum_rows,
+)
 
 # Numbers that only take part in index arithmetic: no variant of a kernel for each of their divisors.
 _PLAIN = ["windows", "height", "width", "rows", "columns", "heads", "offset_y", "offset_x"]
@@ -53,34 +64,6 @@ def _sides(o_t, i_row, i_column, rows, columns, WH: tl.constexpr, WW: tl.constex
 
 
 @triton.jit
-def _load_rows(p_x, o_token, stride, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of one head, [T, BLOCK]; zeros where m_row [T] is not."""
-    o_c = tl.arange(0, BLOCK)
-    m = m_row[:, None]
-    if BLOCK > DIM:
-        m = m & (o_c < DIM)[None, :]
-    return tl.load(p_x + (o_token * stride)[:, None] + o_c[None, :], mask=m, other=0.0)
-
-
-@triton.jit
-def _store_rows(p_x, o_token, stride, m_row, b_x, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of ``_load_rows``."""
-    o_c = tl.arange(0, BLOCK)
-    m = m_row[:, None]
-    if BLOCK > DIM:
-        m = m & (o_c < DIM)[None, :]
-    tl.store(p_x + (o_token * stride)[:, None] + o_c[None, :], b_x.to(p_x.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _load_padding(p_pad, i_h, m_pad, b_x, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """b_x [T, BLOCK] with the row of padding, p_pad (heads, DIM), where m_pad [T]."""
-    o_c = tl.arange(0, BLOCK)
-    b_pad = tl.load(p_pad + i_h * DIM + o_c, mask=o_c < DIM, other=0.0)
-    return tl.where(m_pad[:, None], b_pad[None, :].to(b_x.dtype), b_x)
-
-
-@triton.jit
 def _masked(
     b_s, o_q, o_k, i_row, i_column, rows, columns, m_padk,
     WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, MASK: tl.constexpr, HIDE: tl.constexpr,
@@ -120,7 +103,7 @@ def window_attention_fwd_kernel_bias(
     o_entry = (o_dy + WH - 1) * (2 * WW - 1) + o_dx + WW - 1
     m_k = o_k < WH * WW
     b = tl.load(p_table + o_entry * stride_entry + i_h * stride_head, mask=m_k & (o_q < WH * WW), other=0.0)
-    b = tl.where(m_k, b.to(tl.float32) * _LOG2E, -float("inf"))
+    b = tl.where(m_k, b.to(tl.float32) * LOG2E, -float("inf"))
     tl.store(p_bias + i_h.to(tl.int64) * SIZE * SIZE + o_pair, b)
 
 
@@ -152,8 +135,8 @@ def window_attention_fwd_kernel(
         o_tokenq, m_q, _m_in = _places(
             i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
         )
-        b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
-        b_top = tl.full((BT,), -float("inf"), tl.float32)
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq * stride_qt, m_q, D, BD)
+        b_top = tl.full((BT,), NOTHING_YET, tl.float32)
         b_sum = tl.zeros((BT,), tl.float32)
         b_o = tl.zeros((BT, BE), tl.float32)
         for i_block in range(BLOCKS):
@@ -162,13 +145,12 @@ def window_attention_fwd_kernel(
                 i_row, i_column, o_k, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
             )
             m_pad = m_in & (m_k == 0)
-            b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_tokenk, stride_kt, m_k, D, BD)
-            b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_tokenk, stride_vt, m_k, E, BE)
-            if RAGGED and PADK:
-                b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
-            if RAGGED and PADV:
-                b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * _LOG2E)
+            b_k, b_v = load_keys(
+                p_k + i_b * stride_kb + i_h * stride_kh, p_v + i_b * stride_vb + i_h * stride_vh, p_padk + i_h * D,
+                p_padv + i_h * E, o_tokenk, stride_kt, stride_vt, m_k, m_pad, D, E, BD, BE,
+                RAGGED and PADK, RAGGED and PADV,
+            )  # fmt: skip
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * LOG2E)
             if BIAS and BLOCKS == 1:
                 b_s += b_bias
             elif BIAS:
@@ -186,7 +168,7 @@ def window_attention_fwd_kernel(
                 WW,
                 SY,
                 SX,
-                MASK * _LOG2E,
+                MASK * LOG2E,
                 RAGGED and HIDE,
                 BIAS,
             )
@@ -197,17 +179,12 @@ def window_attention_fwd_kernel(
                 b_sum = tl.sum(b_p, 1)
                 b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
             else:
-                b_new = tl.maximum(b_top, tl.max(b_s, 1))
-                b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)  # all keys so far may be hidden padding
-                b_p = tl.exp2(b_s - b_safe[:, None])
-                b_decay = tl.exp2(b_top - b_safe)
-                b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-                b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
-                b_top = b_new
+                b_p, b_decay, b_top, b_sum = softmax_step(b_s, b_top, b_sum)
+                b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
         b_sum = tl.where(m_q, b_sum, 1.0)
         i_pixel = i_b * height * width
-        _store_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, b_o / b_sum[:, None], E, BE)
-        tl.store(p_lse + i_pixel * heads + i_h + o_tokenq * heads, (b_top + tl.log2(b_sum)) * _LN2, mask=m_q)
+        store_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq * (heads * E), b_o / b_sum[:, None], m_q, E, BE)
+        tl.store(p_lse + i_pixel * heads + i_h + o_tokenq * heads, (b_top + tl.log2(b_sum)) * LN2, mask=m_q)
 
 
 @triton.jit
@@ -217,13 +194,12 @@ def _weights_and_gradients(
     HIDE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and dS of queries o_q and keys o_k [T], each [T, T]; bias at p_bias [T, T]."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * _LOG2E)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (SCALE * LOG2E)
     if BIAS:
         b_s += tl.load(p_bias)  # from the L1: registers are dearer
-    b_s = _masked(b_s, o_q, o_k, i_row, i_column, rows, columns, m_padk, WH, WW, SY, SX, MASK * _LOG2E, HIDE, BIAS)
-    b_p = tl.exp2(b_s - (b_lse * _LOG2E)[:, None])
+    b_s = _masked(b_s, o_q, o_k, i_row, i_column, rows, columns, m_padk, WH, WW, SY, SX, MASK * LOG2E, HIDE, BIAS)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    return b_p, b_p * (b_dp - b_delta[:, None])
+    return gradient_step(b_s, b_dp, b_lse * LOG2E, b_delta)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -262,46 +238,42 @@ def window_attention_bwd_kernel(
         )
         m_pad = m_in & (m_map == 0)
         i_pixel = i_b * height * width
-        b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_token, stride_qt, m_map, D, BD)
-        b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_token, stride_kt, m_map, D, BD)
-        b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_token, stride_vt, m_map, E, BE)
-        b_do = _load_rows(p_do + i_pixel * heads * E + i_h * E, o_token, heads * E, m_map, E, BE)
-        b_o = _load_rows(p_o + i_pixel * heads * E + i_h * E, o_token, heads * E, m_map, E, BE)
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_token * stride_qt, m_map, D, BD)
+        b_k, b_v = load_keys(
+            p_k + i_b * stride_kb + i_h * stride_kh, p_v + i_b * stride_vb + i_h * stride_vh, p_padk + i_h * D,
+            p_padv + i_h * E, o_token, stride_kt, stride_vt, m_map, m_pad, D, E, BD, BE,
+            RAGGED and PADK, RAGGED and PADV,
+        )  # fmt: skip
+        i_first = i_pixel * heads * E + i_h * E
+        b_do, b_delta = load_gradient(p_do + i_first, p_o + i_first, o_token * (heads * E), m_map, E, BE)
         # What has no query gets no weight.
         b_lse = tl.load(p_lse + i_pixel * heads + i_h + o_token * heads, mask=m_map, other=float("inf"))
-        if RAGGED and PADK:
-            b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
-        if RAGGED and PADV:
-            b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
         b_p, b_ds = _weights_and_gradients(
             b_q, b_k, b_v, b_do, b_delta, b_lse, p_biasq, o_t, o_t, i_row, i_column, rows, columns, m_pad,
             WH, WW, SY, SX, SCALE, MASK, RAGGED and HIDE, BIAS, PRECISION,
         )  # fmt: skip
         b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
-        _store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_token, stride_dvt, m_map, b_dv, E, BE)
+        store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_token * stride_dvt, b_dv, m_map, E, BE)
         if BIAS:
             b_pairs += b_ds
         b_ds = b_ds.to(b_q.dtype)
         b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION) * SCALE
-        _store_rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_token, stride_dqt, m_map, b_dq, D, BD)
+        store_rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_token * stride_dqt, b_dq, m_map, D, BD)
         b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION) * SCALE
-        _store_rows(p_dk + i_b * stride_dqb + i_h * stride_dqh, o_token, stride_dqt, m_map, b_dk, D, BD)
+        store_rows(p_dk + i_b * stride_dqb + i_h * stride_dqh, o_token * stride_dqt, b_dk, m_map, D, BD)
         if RAGGED and PADK:
-            b_dpadk += tl.sum(tl.where(m_pad[:, None], b_dk, 0.0), 0)
+            b_dpadk += sum_rows(b_dk, m_pad)
         if RAGGED and PADV:
-            b_dpadv += tl.sum(tl.where(m_pad[:, None], b_dv, 0.0), 0)
+            b_dpadv += sum_rows(b_dv, m_pad)
     i_partial = tl.program_id(1).to(tl.int64) * heads + i_h
     if BIAS:
         m_pair = (o_t < WH * WW)[:, None] & (o_t < WH * WW)[None, :]
         o_pair = o_t[:, None] * (WH * WW) + o_t[None, :]
         tl.store(p_pairs + i_partial * (WH * WW * WH * WW) + o_pair, b_pairs, mask=m_pair)
     if RAGGED and PADK:
-        o_d = tl.arange(0, BD)
-        tl.store(p_dpadk + i_partial * D + o_d, b_dpadk, mask=o_d < D)
+        store_row(p_dpadk + i_partial * D, b_dpadk, D, BD)
     if RAGGED and PADV:
-        o_e = tl.arange(0, BE)
-        tl.store(p_dpadv + i_partial * E + o_e, b_dpadv, mask=o_e < E)
+        store_row(p_dpadv + i_partial * E, b_dpadv, E, BE)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -334,11 +306,10 @@ def window_attention_bwd_kernel_queries(
         o_tokenq, m_q, _m_in = _places(
             i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
         )
-        b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
-        b_do = _load_rows(p_do + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
-        b_o = _load_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq * stride_qt, m_q, D, BD)
+        i_first = i_pixel * heads * E + i_h * E
+        b_do, b_delta = load_gradient(p_do + i_first, p_o + i_first, o_tokenq * (heads * E), m_q, E, BE)
         b_lse = tl.load(p_lse + i_pixel * heads + i_h + o_tokenq * heads, mask=m_q, other=float("inf"))
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
         b_dq = tl.zeros((BT, BD), tl.float32)
         for i_block in range(BLOCKS):
             o_k = i_block * BT + tl.arange(0, BT)
@@ -346,12 +317,11 @@ def window_attention_bwd_kernel_queries(
                 i_row, i_column, o_k, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
             )
             m_pad = m_in & (m_k == 0)
-            b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_tokenk, stride_kt, m_k, D, BD)
-            b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_tokenk, stride_vt, m_k, E, BE)
-            if RAGGED and PADK:
-                b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
-            if RAGGED and PADV:
-                b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
+            b_k, b_v = load_keys(
+                p_k + i_b * stride_kb + i_h * stride_kh, p_v + i_b * stride_vb + i_h * stride_vh, p_padk + i_h * D,
+                p_padv + i_h * E, o_tokenk, stride_kt, stride_vt, m_k, m_pad, D, E, BD, BE,
+                RAGGED and PADK, RAGGED and PADV,
+            )  # fmt: skip
             _b_p, b_ds = _weights_and_gradients(
                 b_q, b_k, b_v, b_do, b_delta, b_lse, p_biasq + o_k[None, :], o_q, o_k, i_row, i_column, rows, columns,
                 m_pad, WH, WW, SY, SX, SCALE, MASK, RAGGED and HIDE, BIAS, PRECISION,
@@ -362,7 +332,7 @@ def window_attention_bwd_kernel_queries(
                 tl.store(p_pairsq + o_k[None, :], b_sum + b_ds, mask=m_pair)
             b_dq += tl.dot(b_ds.to(b_q.dtype), b_k, input_precision=PRECISION)
         tl.debug_barrier()  # the next window reads the sums back, maybe in other threads
-        _store_rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_tokenq, stride_dqt, m_q, b_dq * SCALE, D, BD)
+        store_rows(p_dq + i_b * stride_dqb + i_h * stride_dqh, o_tokenq * stride_dqt, b_dq * SCALE, m_q, D, BD)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -395,12 +365,11 @@ def window_attention_bwd_kernel_keys(
             i_row, i_column, o_k, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
         )
         m_pad = m_in & (m_k == 0)
-        b_k = _load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_tokenk, stride_kt, m_k, D, BD)
-        b_v = _load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_tokenk, stride_vt, m_k, E, BE)
-        if RAGGED and PADK:
-            b_k = _load_padding(p_padk, i_h, m_pad, b_k, D, BD)
-        if RAGGED and PADV:
-            b_v = _load_padding(p_padv, i_h, m_pad, b_v, E, BE)
+        b_k, b_v = load_keys(
+            p_k + i_b * stride_kb + i_h * stride_kh, p_v + i_b * stride_vb + i_h * stride_vh, p_padk + i_h * D,
+            p_padv + i_h * E, o_tokenk, stride_kt, stride_vt, m_k, m_pad, D, E, BD, BE,
+            RAGGED and PADK, RAGGED and PADV,
+        )  # fmt: skip
         b_dk = tl.zeros((BT, BD), tl.float32)
         b_dv = tl.zeros((BT, BE), tl.float32)
         for i_block in range(BLOCKS):
@@ -408,11 +377,10 @@ def window_attention_bwd_kernel_keys(
             o_tokenq, m_q, _m_in = _places(
                 i_row, i_column, o_q, height, width, rows, columns, offset_y, offset_x, WH, WW, PAD_FIRST, GRID
             )
-            b_q = _load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq, stride_qt, m_q, D, BD)
-            b_do = _load_rows(p_do + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
-            b_o = _load_rows(p_o + i_pixel * heads * E + i_h * E, o_tokenq, heads * E, m_q, E, BE)
+            b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_tokenq * stride_qt, m_q, D, BD)
+            i_first = i_pixel * heads * E + i_h * E
+            b_do, b_delta = load_gradient(p_do + i_first, p_o + i_first, o_tokenq * (heads * E), m_q, E, BE)
             b_lse = tl.load(p_lse + i_pixel * heads + i_h + o_tokenq * heads, mask=m_q, other=float("inf"))
-            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
             b_p, b_ds = _weights_and_gradients(
                 b_q, b_k, b_v, b_do, b_delta, b_lse, p_biask + (o_q * (BLOCKS * BT))[:, None], o_q, o_k,
                 i_row, i_column, rows, columns, m_pad,
@@ -421,19 +389,17 @@ def window_attention_bwd_kernel_keys(
             b_dv += tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, input_precision=PRECISION)
             b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
         b_dk *= SCALE
-        _store_rows(p_dk + i_b * stride_dkb + i_h * stride_dkh, o_tokenk, stride_dkt, m_k, b_dk, D, BD)
-        _store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_tokenk, stride_dvt, m_k, b_dv, E, BE)
+        store_rows(p_dk + i_b * stride_dkb + i_h * stride_dkh, o_tokenk * stride_dkt, b_dk, m_k, D, BD)
+        store_rows(p_dv + i_b * stride_dvb + i_h * stride_dvh, o_tokenk * stride_dvt, b_dv, m_k, E, BE)
         if RAGGED and PADK:
-            b_dpadk += tl.sum(tl.where(m_pad[:, None], b_dk, 0.0), 0)
+            b_dpadk += sum_rows(b_dk, m_pad)
         if RAGGED and PADV:
-            b_dpadv += tl.sum(tl.where(m_pad[:, None], b_dv, 0.0), 0)
+            b_dpadv += sum_rows(b_dv, m_pad)
     i_partial = tl.program_id(1).to(tl.int64) * (heads * BLOCKS) + tl.program_id(0)  # (programs, BLOCKS, heads)
     if RAGGED and PADK:
-        o_d = tl.arange(0, BD)
-        tl.store(p_dpadk + i_partial * D + o_d, b_dpadk, mask=o_d < D)
+        store_row(p_dpadk + i_partial * D, b_dpadk, D, BD)
     if RAGGED and PADV:
-        o_e = tl.arange(0, BE)
-        tl.store(p_dpadv + i_partial * E + o_e, b_dpadv, mask=o_e < E)
+        store_row(p_dpadv + i_partial * E, b_dpadv, E, BE)
 
 
 @triton.jit(do_not_specialize=["heads"])

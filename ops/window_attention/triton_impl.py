@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _triton
+from subquad.ops._triton_attention import pad_gradient, strides_of, with_rows
 from subquad.ops.window_attention._triton_kernels import (
     window_attention_bwd_kernel,
     window_attention_bwd_kernel_keys,
@@ -90,7 +91,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(call: WindowCall) -> _Inputs:
-    q, k, v = (_with_rows(x) for x in call.parts)
+    q, k, v = (with_rows(x) for x in call.parts)
     return _Inputs(
         q,
         k,
@@ -99,18 +100,6 @@ def _inputs(call: WindowCall) -> _Inputs:
         q if call.pad_v is None else call.pad_v.contiguous(),
         q if call.table is None else call.table,
     )
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """``x`` (B, H, W, heads, channels), copied if a pixel's number does not lead to its address by one stride."""
-    if x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2] * x.stride(2)):
-        return x.contiguous()
-    return x
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of an image, a pixel and a head of (B, H, W, heads, channels)."""
-    return x.stride(0), x.stride(2) if x.shape[2] > 1 else x.stride(1), x.stride(3)
 
 
 class _Plan(NamedTuple):
@@ -224,7 +213,7 @@ def _forward(call: WindowCall, config: Config) -> tuple[Tensor, Tensor]:
             (q.shape[-2] * plan.blocks, plan.programs, 1),
             (
                 q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse,
-                *_strides(q), *_strides(k), *_strides(v), *plan.sizes,
+                *strides_of(q), *strides_of(k), *strides_of(v), *plan.sizes,
             ),
             plan.meta,
         )  # fmt: skip
@@ -259,18 +248,18 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
     pad_v = _partials(q, *partials, values if ragged and call.pad_v is not None else 0)
     with torch.cuda.device_of(q):
         given = (q, k, v, _spread_bias(call, plan, inputs), inputs.pad_k, inputs.pad_v, o, lse, grad_o)
-        strides: tuple[int, ...] = (*_strides(q), *_strides(k), *_strides(v))
+        strides: tuple[int, ...] = (*strides_of(q), *strides_of(k), *strides_of(v))
         grid = (heads * plan.blocks, plan.programs, 1)
         if plan.blocks == 1:
             found: tuple[Tensor, ...] = (grad_q, grad_k, grad_v, pairs, pad_k, pad_v)
-            strides = (*strides, *_strides(grad_q), *_strides(grad_v), *plan.sizes)
+            strides = (*strides, *strides_of(grad_q), *strides_of(grad_v), *plan.sizes)
             plan.launch("gradients", window_attention_bwd_kernel, grid, (*given, *found, *strides), plan.meta)
         else:
             pairs.zero_()
-            arguments = (*given, grad_q, pairs, *strides, *_strides(grad_q), *plan.sizes)
+            arguments = (*given, grad_q, pairs, *strides, *strides_of(grad_q), *plan.sizes)
             plan.launch("queries", window_attention_bwd_kernel_queries, grid, arguments, plan.meta)
             found = (grad_k, grad_v, pad_k, pad_v)
-            strides = (*strides, *_strides(grad_k), *_strides(grad_v), *plan.sizes)
+            strides = (*strides, *strides_of(grad_k), *strides_of(grad_v), *plan.sizes)
             plan.launch("keys", window_attention_bwd_kernel_keys, grid, (*given, *found, *strides), plan.meta)
         table = None
         if call.table is not None:
@@ -287,16 +276,11 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
         grad.k,
         grad.v,
         table,
-        None if call.pad_k is None else _pad_gradient(call.pad_k, pad_k),
-        None if call.pad_v is None else _pad_gradient(call.pad_v, pad_v),
+        None if call.pad_k is None else pad_gradient(call.pad_k, pad_k),
+        None if call.pad_v is None else pad_gradient(call.pad_v, pad_v),
     )
 
 
 def _partials(q: Tensor, *shape: int) -> Tensor:
     """Unfilled memory for partial sums of the programs, in float32."""
     return q.new_empty(shape, dtype=torch.float32)
-
-
-def _pad_gradient(pad: Tensor, partials: Tensor) -> Tensor:
-    """Zeros where the map has no padding."""
-    return partials.sum(0).to(pad.dtype) if partials.numel() else pad.new_zeros(pad.shape)

@@ -269,7 +269,7 @@ def test_explain_and_the_reference(form: str, size: tuple[int, ...]) -> None:
     op = _op(form, arguments)
     explanation = ops.explain(op, **arguments)
     assert explanation.chosen == "torch"
-    assert "no kernels of the split forms" in explanation.passed_over["triton"]
+    assert "a tensor on cpu" in explanation.passed_over["triton"]
     out = op(**{name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in arguments.items()})
     with ops.use_backend("reference"), pytest.raises(ValueError, match="the reference is not an operator"):
         out.sum().backward()

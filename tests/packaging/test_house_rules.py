@@ -114,8 +114,10 @@ def test_ops_import_torch_only(modules: list[Module]) -> None:
 
 
 def _is_kernel_module(name: str) -> bool:
-    """ops/<op>/triton_impl.py and what only it uses."""
+    """ops/<op>/triton_impl.py, what only it uses, and what several of them share: ops/_triton_<what>.py."""
     parts = name.split(".")
+    if len(parts) == 3:
+        return parts[1] == "ops" and parts[2].startswith("_triton_")
     return parts[1:2] == ["ops"] and len(parts) == 4 and parts[3].startswith(("triton_", "_"))
 
 

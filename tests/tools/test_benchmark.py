@@ -31,6 +31,8 @@ GATED = ops.OPS["gated_linear_attention"]
 NEIGHBORHOOD = ops.OPS["neighborhood_attention"]
 WINDOW = ops.OPS["window_attention"]
 DEPTHWISE = ops.OPS["depthwise_conv"]
+
+REGION = ops.OPS["region_attention"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
 
@@ -435,6 +437,25 @@ def test_floor_of_a_depthwise_convolution() -> None:
     # 38.5 M numbers of 2 bytes, read and written; the gradients read two of them and write one
     assert row["fwd_floor_ms"] == pytest.approx(0.0514, abs=1e-4)
     assert row["fb_floor_ms"] == pytest.approx(0.1285, abs=1e-4)
+
+
+def test_peer_that_gathers_regions_computes_the_same(quick: dict[str, Any]) -> None:
+    options = OpsOptions(**{"shapes": ("2x9x10x2x8x3x4",), **quick})
+    rows = ops.run(options, {REGION.name: REGION})
+    assert {row["system"]: row["status"] for row in rows} == dict.fromkeys(("ours", "gathered_sdpa"), "ok")
+    tensors = {name: torch.zeros(1, 1, 1, 1, 1).expand(2, 4096, 4096, 2, 16) for name in "qkv"}
+    peer = next(peer for peer in REGION.peers if peer.name == "gathered_sdpa")
+    with pytest.raises(ValueError, match="68719476736 bytes of gathered keys"):
+        peer.call(Case((2, 4096, 4096, 2, 16, 16, 8), "plain"), tensors)
+
+
+def test_region_attention_floor() -> None:
+    """q, k, v and o of 25.7 M numbers in bfloat16 and 3.2 MB of lse at 3.0 TB/s; figures by hand."""
+    cost = REGION.cost(Case((128, 56, 56, 2, 32, 7, 1), "plain"), 2)
+    floor = ops.floors(cost, Ceilings(copy=3.0e12, matmul=7.5e14, exp2=4.13e12))
+    assert floor["fwd_floor_ms"] == pytest.approx(0.0696, rel=2e-3)
+    assert floor["fb_floor_ms"] == pytest.approx(0.2076, rel=2e-3)
+    assert floor["fwd_exp_floor_ms"] == pytest.approx(0.01244, rel=2e-3)  # 64 keys a query
 
 
 def test_plan_of_a_sweep() -> None:

@@ -19,6 +19,7 @@ from subquad.tools.benchmarks import (
     linear_attention,
     measure,
     neighborhood_attention,
+    region_attention,
     report,
     selective_scan,
     window_attention,
@@ -33,6 +34,7 @@ OPS: dict[str, OpEntry] = {
         linear_attention.ENTRY,
         gated_linear_attention.ENTRY,
         neighborhood_attention.ENTRY,
+        region_attention.ENTRY,
         selective_scan.ENTRY,
         window_attention.ENTRY,
     )
@@ -315,7 +317,7 @@ def _graph_ms(function: Callable[[], object], setting: Setting) -> float | None:
 
 def _flops(entry: OpEntry, case: Case, inputs: Inputs) -> tuple[int, int]:
     """Operations of a forward pass and of forward + backward by the op's registered formula; computes nothing."""
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # tables that an entry keeps for a case
     leaves = {name: fake.from_tensor(value.detach()).requires_grad_() for name, value in inputs.all().items()}
     with fake, FlopCounterMode(display=False) as counter:
         y = entry.ours.call(case, leaves)
