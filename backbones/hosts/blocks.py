@@ -69,16 +69,26 @@ class MixerBlock(Block):
     """Block on maps (B, H, W, dim).
 
     Args:
-        dim, block: arguments of ``Block``; the MLP is called with maps.
+        dim, norm, block: arguments of ``Block``; the MLP is called with maps.
         window: side of the square windows that the mixer sees one by one, 0 for the whole map.
         out_norm: a norm behind the block.
     """
 
-    def __init__(self, dim: int, *, window: int = 0, out_norm: bool = False, **block: Any) -> None:
-        super().__init__(dim, **block)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm: Factory,
+        window: int = 0,
+        out_norm: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **block: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, norm=norm, **dd, **block)
         self.window = window
-        dd = {"device": block.get("device"), "dtype": block.get("dtype")}
-        self.out_norm = block["norm"](dim, **dd) if out_norm else nn.Identity()
+        self.out_norm = norm(dim, **dd) if out_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
