@@ -30,7 +30,7 @@ __all__ = ["Vim", "VimBlock", "VimMixer"]
 
 
 @register_notrace_function
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+def convolve_tokens(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """``subquad.ops.causal_conv1d`` with SiLU: in eager mode, in TorchScript and as a leaf of torch.fx."""
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.
@@ -104,7 +104,7 @@ class VimMixer(ScanParameters):
 
     def scan(self, x: Tensor, k: int, routes: list[int]) -> Tensor:
         """One direction: convolution, SiLU and scan of (B, L, E) with the k-th parameters, in float32."""
-        x = _convolve(x, self.conv_weight[k], self.conv_bias[k], k == 1)
+        x = convolve_tokens(x, self.conv_weight[k], self.conv_bias[k], k == 1)
         dt, B, C = self.project(x, k, k + 1)
         A_log, D, dt_weight, dt_bias = (
             self.A_log[k : k + 1],

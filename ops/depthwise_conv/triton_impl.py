@@ -102,15 +102,18 @@ class _Plan(NamedTuple):
 _plans: _triton.Plans[_Plan] = _triton.Plans()
 
 
-def _plan_for(which: str, call: ConvCall, config: Config, *more: Tensor) -> _Plan:
+def _plan_for(
+    which: str, call: ConvCall, config: Config, *more: Tensor, on_new: Callable[[], None] | None = None
+) -> _Plan:
     """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward", "activation" (its gradient, by the forward kernel) or "backward".
         more: tensors besides the call's that the kernels see.
+        on_new: see ``Plans.get``.
     """
     key = (which, config, *call[3:], *map(_triton.facts, (*call[:3], *more)))
-    return _plans.get(key, call.x, lambda: _make_plan(which, call, config))
+    return _plans.get(key, call.x, lambda: _make_plan(which, call, config), on_new)
 
 
 def _make_plan(which: str, call: ConvCall, config: Config) -> _Plan:
@@ -163,20 +166,36 @@ def _alignment(x: Tensor) -> int:
     return align
 
 
+def _compile_ahead(call: ConvCall) -> None:
+    """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients."""
+    tensors: dict[str, Any] = {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        for name, value in call._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    meta = call._replace(**tensors)
+    with _triton.compiling_ahead(call.x.device):
+        y = forward(meta)
+        if call.x.requires_grad or call.weight.requires_grad:
+            backward(meta, y)
+
+
 def forward(call: ConvCall) -> Tensor:
     """Output (B, H, W, C) in x's dtype."""
     y = call.x.new_empty(call.x.shape)
-    call = _canonical(call)
+    given, call = call, _canonical(call)
 
     def run(config: Config) -> None:
-        _run_forward("forward", call, y, y, config)
+        _run_forward("forward", call, y, y, config, on_new=lambda: _compile_ahead(given))
 
     run(_config_for("forward", call, run))
     return y
 
 
-def _run_forward(which: str, call: ConvCall, grad_y: Tensor, y: Tensor, config: Config) -> None:
-    plan = _plan_for(which, call, config, grad_y)
+def _run_forward(
+    which: str, call: ConvCall, grad_y: Tensor, y: Tensor, config: Config, on_new: Callable[[], None] | None = None
+) -> None:
+    plan = _plan_for(which, call, config, grad_y, on_new=on_new)
     bias = call.weight if call.bias is None else call.bias
     arguments = (call.x, call.weight, bias, grad_y, y, *plan.sizes, *plan.taps)
     with torch.cuda.device_of(call.x):
