@@ -36,6 +36,8 @@ from subquad.ops.neighborhood_attention.call import Gradients, NeighborhoodCall
 
 _NUMBERS = {"logits": 8192, "sums": 8192, "turned": 4096}
 """Of a block (tokens, slots, channels)."""
+_MOST_TOKENS = 32
+"""Of a block: more take more registers for their windows than small kernels and few channels save."""
 _WARPS = 4
 _TABLE_NUMBERS = 1024
 """Of a block of the bias' gradient (tokens, places in a row of the table)."""
@@ -89,7 +91,7 @@ def _make_plan(which: str, call: NeighborhoodCall, first: Tensor, rows: Tensor |
     block = max(16, triton.next_power_of_2(dim))
     # The fewest idle slots; then the fewest parts of a window's row.
     slots = min((4, 8, 16), key=lambda count: (triton.cdiv(call.kernel_size[1], count) * count, -count))
-    tokens = max(1, _NUMBERS[which] // (block * slots))
+    tokens = max(1, min(_MOST_TOKENS, _NUMBERS[which] // (block * slots)))
     blocks = triton.cdiv(height * width, tokens)
     meta |= {"D": dim, "BD": block, "BT": tokens, "BS": slots, "ALIGN": align, "REPEATS": heads // shared}
     strides = (*_strides(first), *(stride // align for stride in _strides(rows)))

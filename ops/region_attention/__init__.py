@@ -351,6 +351,8 @@ def _why_not_triton(call: RegionCall) -> str | None:
         return f"{regions} regions of keys, the kernels count to {_MOST_COUNTED}"
     if (tokens := max(math.prod(size) for size in (call.region_size, call.kv_region_size))) >= _MOST_COUNTED:
         return f"regions of {tokens} tokens, the kernels count to {_MOST_COUNTED}"
+    if entries * tokens >= 2**31:
+        return f"lists of up to {entries * tokens} tokens, the kernels count to {2**31}"
     return None
 
 

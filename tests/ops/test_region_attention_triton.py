@@ -187,6 +187,7 @@ def test_what_the_kernels_do_not_serve_is_named(monkeypatch: pytest.MonkeyPatch)
         ({name: value.double() for name, value in maps.items()}, "float64"),
         ({name: arguments[name][:0] for name in ("q", "k", "v", "regions")}, "empty batch"),
         ({"regions": many}, "1080000 chosen regions"),
+        ({"regions": many[..., :80000], "kv_region_size": 60}, "lists of up to 3456000000 tokens"),
         ({"region_size": 1024, "kv_region_size": None, "regions": many[:, :, :1, :1]}, "regions of 1048576 tokens"),
     ):
         explanation = ops.explain(region_attention, **(plain | changed))
