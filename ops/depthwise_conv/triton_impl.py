@@ -168,12 +168,7 @@ def _alignment(x: Tensor) -> int:
 
 def _compile_ahead(call: ConvCall) -> None:
     """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients."""
-    tensors: dict[str, Any] = {
-        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    meta = call._replace(**tensors)
+    meta = _triton.on_meta(call)
     with _triton.compiling_ahead(call.x.device):
         y = forward(meta)
         if call.x.requires_grad or call.weight.requires_grad:
