@@ -131,10 +131,11 @@ def test_offsets_of_64_bits(poisoned_memory: None, monkeypatch: pytest.MonkeyPat
     """As for a tensor of more than 2^31 elements."""
     import triton.language as tl
 
+    from subquad.ops import _triton
     from subquad.ops.depthwise_conv import triton_impl
 
     make = triton_impl._make_plan
-    monkeypatch.setattr(triton_impl, "_plans", {})
+    monkeypatch.setattr(triton_impl, "_plans", _triton.Plans())
     monkeypatch.setattr(
         triton_impl, "_make_plan", lambda *args: (plan := make(*args))._replace(meta=plan.meta | {"INDEX": tl.int64})
     )
