@@ -8,10 +8,11 @@ An operator is opaque to ``torch.compile``, ``torch.export``, autocast, FLOP cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("subquad", "FRAGMENT")
@@ -93,6 +94,76 @@ def define(
     torch.library.register_fake(f"subquad::{name}", fake, lib=_library)
     register_flop_formula(getattr(torch.ops.subquad, name))(flops)
     return op
+
+
+def define_differentiable(
+    name: str,
+    *,
+    schema: str,
+    tensors: int,
+    results: Sequence[str],
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    backward: Callable[..., Sequence[Tensor | None]],
+    backward_flops: Callable[..., int],
+    kept: Sequence[str] = (),
+    followed: Sequence[str] = (),
+    fixed: Sequence[int] = (),
+) -> None:
+    """Register ``subquad::<name>`` and, for its gradients, ``subquad::<name>_backward``, both opaque.
+
+    Args:
+        name: operator name without namespace.
+        schema: arguments, as in ``"Tensor x, Tensor? bias, int n"``: first the tensors, then the options.
+        tensors: how many arguments are tensors.
+        results: names of the tensors that ``forward`` returns.
+        forward, fake, flops: see ``define``.
+        backward: takes gradients of the ``followed`` results, then the ``kept`` results, then the arguments; returns
+            the gradients of the arguments that have one, None for an argument that is absent.
+        backward_flops: takes shapes of the arguments alone.
+        kept: results that ``backward`` reads.
+        followed: results that gradients enter through, from the first on; by default the first one.
+        fixed: places of tensor arguments that have no gradient.
+    """
+    followed = followed or results[:1]
+    given = len(followed) + len(kept)
+    places = [i for i in range(tensors) if i not in fixed]
+    kept_places = [results.index(result) for result in kept]
+
+    def or_empty(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(like.new_empty(0) if grad is None else grad for grad in grads)  # an operator returns no None
+
+    def backward_fake(*args: Any) -> tuple[Tensor, ...]:
+        inputs = [args[given + i] for i in places]
+        return or_empty([None if x is None else x.new_empty(x.shape) for x in inputs], args[0])
+
+    extra = [f"Tensor grad_{result}" for result in followed] + [f"Tensor {result}" for result in kept]
+    define(
+        f"{name}_backward",
+        lambda *args: or_empty(backward(*args), args[0]),
+        schema=f"({', '.join(extra)}, {schema}) -> ({', '.join(['Tensor'] * len(places))})",
+        fake=backward_fake,
+        flops=lambda *args, out_shape=None: backward_flops(*args[given:]),
+    )
+    backward_operator = getattr(torch.ops.subquad, f"{name}_backward").default
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(output[i] for i in kept_places), *inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        found = backward_operator(*grads[: len(followed)], *saved, *ctx.options)
+        by_input: list[Tensor | None] = [None] * (tensors + len(ctx.options))
+        for i, grad in zip(places, found, strict=True):
+            if saved[len(kept) + i] is not None:
+                by_input[i] = grad
+        return tuple(by_input)
+
+    returned = f"({', '.join(['Tensor'] * len(results))})" if len(results) > 1 else "Tensor"
+    operator = define(name, forward, schema=f"({schema}) -> {returned}", fake=fake, flops=flops)
+    operator.register_autograd(autograd, setup_context=setup_context)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

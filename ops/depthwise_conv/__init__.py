@@ -25,6 +25,7 @@ inputs for the backward pass: z is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,7 +142,6 @@ def _cast(x: Tensor) -> Tensor:
 
 _CALL_SCHEMA = "Tensor x, Tensor weight, Tensor? bias, int top, int left, bool flipped, str activation, bool residual"
 """The fields of ConvCall, in order."""
-_TENSORS = 3
 
 
 def _forward(*args: Any) -> Tensor:
@@ -154,28 +154,9 @@ def _forward_fake(*args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad_y: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = ConvCall(*args)
-    grads = _dispatch.choose_inside(_MAPS, call).backward(call, grad_y)
-    return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = ConvCall(*args)
-    tensors = (call.x, call.weight, call.bias)
-    return tuple(call.x.new_empty(0) if value is None else value.new_empty(value.shape) for value in tensors)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.options = inputs[_TENSORS:]
-
-
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = torch.ops.subquad.depthwise_conv_backward(grad_y, *saved, *ctx.options)
-    by_input = [grad if value is not None else None for grad, value in zip(grads, saved, strict=True)]
-    return (*by_input, *[None] * len(ctx.options))
+    return _dispatch.choose_inside(_MAPS, call).backward(call, grad_y)
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
@@ -185,20 +166,21 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * batch * height * width * channels * call.weight[1] * call.weight[2]
 
 
-def _backward_flops(grad_y: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(*args: Any) -> int:
     """As many for each of the two gradients, and for z if there is an activation."""
     return _flops(*args) * (2 if ConvCall(*args).activation == "none" else 3)
 
 
-_library.define(
-    "depthwise_conv", _forward, schema=f"({_CALL_SCHEMA}) -> Tensor", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    "depthwise_conv_backward",
-    _backward,
-    schema=f"(Tensor grad_y, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    "depthwise_conv",
+    schema=_CALL_SCHEMA,
+    tensors=3,
+    results=["y"],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=_backward_flops,
 )
 
 

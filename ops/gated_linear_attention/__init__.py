@@ -22,6 +22,7 @@ they are kept for the backward pass. Time and memory are linear in N; no decay o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,23 +139,9 @@ def _forward_fake(*args: Any) -> Tensor:
     return call.v.new_empty(call.v.shape, dtype=call.out_dtype)
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = GatedCall(*args)
     return _dispatch.choose_inside(_OP, call).backward(call, grad)
-
-
-def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(value.new_empty(value.shape) for value in GatedCall(*args)[:4])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.subquad.gated_linear_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None)
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
@@ -164,20 +151,16 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * 5 * batch * length * heads * d_k * shapes.v[-1]
 
 
-def _backward_flops(grad: Any, *args: Any, out_shape: Any = None) -> int:
-    """The recomputed forward pass and twice as much for the gradients."""
-    return 3 * _flops(*args)
-
-
-_library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> Tensor", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    f"{_OP}_backward",
-    _backward,
-    schema=f"(Tensor grad, {_CALL_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    _OP,
+    schema=_CALL_SCHEMA,
+    tensors=4,
+    results=["out"],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=lambda *args: 3 * _flops(*args),  # the recomputed forward pass and twice as much for the gradients
 )
 
 

@@ -39,6 +39,7 @@ queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -219,7 +220,6 @@ _CALL_SCHEMA = (
     "str normalizer, str feature_map, float scale, float eps"
 )
 """The fields of AttentionCall, in order."""
-_STATISTICS_SCHEMA = "Tensor state, Tensor key_mean, Tensor value_mean, Tensor query_mean, Tensor log_sum"
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -234,28 +234,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     return call.v.new_empty((*call.q.shape[:3], call.v.shape[-1])), *empty_statistics(call)
 
 
-def _backward(grad_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    statistics, call = Statistics(*args[:5]), AttentionCall(*args[5:])
-    grads = _dispatch.choose_inside(_OP, call).backward(call, statistics, grad_o)
-    return tuple(call.v.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = AttentionCall(*args[5:])
-    return tuple(call.v.new_empty(0) if value is None else value.new_empty(value.shape) for value in call[:5])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:7])
-    ctx.options = inputs[7:]
-
-
-def _autograd(ctx: Any, grad_o: Tensor, *grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    """The statistics are for the backward pass alone: no gradient enters through them."""
-    saved = ctx.saved_tensors
-    grads = torch.ops.subquad.linear_attention_backward(grad_o, *saved, *ctx.options)
-    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[5:10], strict=True)]
-    return (*by_input, None, None, None, None, None, None)
+def _backward(grad_o: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    statistics, call = Statistics(*args[: len(Statistics._fields)]), AttentionCall(*args[len(Statistics._fields) :])
+    return _dispatch.choose_inside(_OP, call).backward(call, statistics, grad_o)
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
@@ -267,24 +248,27 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return batch * heads * (2 * (queries + keys) * dim * values + 2 * queries * dim + weights)
 
 
-def _backward_flops(grad_o: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(*args: Any) -> int:
     """num again, dS and dq_c for a query, dk_c and dv for a key; twice the normaliser's and the softmax's products."""
-    shapes = AttentionCall(*args[5:])
+    shapes = AttentionCall(*args)
     batch, queries, heads, dim = shapes.q
     keys, values = shapes.v[1], shapes.v[-1]
     weights = 4 * dim * keys if shapes.normalizer == "softmax_weighted" else 0
     return batch * heads * ((6 * queries + 4 * keys) * dim * values + 4 * queries * dim + weights)
 
 
-_library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 6)})", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    f"{_OP}_backward",
-    _backward,
-    schema=f"(Tensor grad_o, {_STATISTICS_SCHEMA}, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 5)})",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    _OP,
+    schema=_CALL_SCHEMA,
+    tensors=7,
+    results=["o", *Statistics._fields],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=_backward_flops,
+    kept=Statistics._fields,
+    fixed=[AttentionCall._fields.index(table) for table in ("cos", "sin")],
 )
 
 

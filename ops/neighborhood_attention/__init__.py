@@ -158,27 +158,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return o, call.q.new_empty(call.q.shape[:-1], dtype=call.working)
 
 
-def _backward(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = NeighborhoodCall(*args)
-    grads = _implementation(call).backward(call, grad_o, grad_lse, o, lse)
-    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = NeighborhoodCall(*args)
-    return tuple(call.q.new_empty(0) if value is None else value.new_empty(value.shape) for value in call[:6])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:6])
-    ctx.options = inputs[6:]
-
-
-def _autograd(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = torch.ops.subquad.neighborhood_attention_backward(grad_o, grad_lse, *saved, *ctx.options)
-    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[2:], strict=True)]
-    return (*by_input, None, None, None, None, None)
+    return _implementation(call).backward(call, grad_o, grad_lse, o, lse)
 
 
 def _products(call: Any) -> tuple[int, int, int]:
@@ -193,21 +175,24 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * pairs * (dim + values)
 
 
-def _backward_flops(grad_o: Any, grad_lse: Any, o: Any, lse: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(*args: Any) -> int:
     """The logits again, dP, dq, dk and dv."""
     pairs, dim, values = _products(NeighborhoodCall(*args))
     return 2 * pairs * (3 * dim + 2 * values)
 
 
-_library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    f"{_OP}_backward",
-    _backward,
-    schema=f"(Tensor grad_o, Tensor grad_lse, Tensor o, Tensor lse, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    _OP,
+    schema=_CALL_SCHEMA,
+    tensors=6,
+    results=["o", "lse"],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=_backward_flops,
+    kept=["o", "lse"],
+    followed=["o", "lse"],
 )
 
 

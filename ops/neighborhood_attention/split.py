@@ -174,10 +174,6 @@ def _choose(form: str, call: NeighborhoodCall) -> Any:
     return _dispatch.choose_inside(f"na{len(call.size)}d_{form}", call)
 
 
-def _or_empty(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
-
-
 def _qk(*args: Any) -> Tensor:
     call = NeighborhoodCall.of_qk(*args)
     return _choose("qk", call).qk(call)
@@ -188,10 +184,10 @@ def _qk_fake(*args: Any) -> Tensor:
     return call.q.new_empty((*call.q.shape[:-1], call.keys))
 
 
-def _qk_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _qk_backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = NeighborhoodCall.of_qk(*args)
     d_q, d_k, _, d_rpb, d_additional, _ = _choose("qk", call).qk_backward(call, grad)
-    return _or_empty((d_q, d_k, d_rpb, d_additional), grad)
+    return d_q, d_k, d_rpb, d_additional
 
 
 def _av(*args: Any) -> Tensor:
@@ -204,47 +200,34 @@ def _av_fake(*args: Any) -> Tensor:
     return call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
 
 
-def _av_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _av_backward(grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = NeighborhoodCall.of_av(*args)
     d_attn, _, d_v, _, _, d_additional = _choose("av", call).av_backward(call, grad)
-    return _or_empty((d_attn, d_v, d_additional), grad)
+    return d_attn, d_v, d_additional
 
 
-def _flops(tensors: int, products: int, *args: Any, out_shape: Any = None) -> int:
-    """Two operations for each channel of each slot, ``products`` times; arguments as of a (backward) operator."""
+def _flops(tensors: int, *args: Any, out_shape: Any = None) -> int:
+    """Two operations for each channel of each slot; arguments as of an operator with as many ``tensors``."""
     q_or_attn, tokens, additional, kernel_size = (args[i] for i in (0, 1, tensors - 1, tensors))
     slots = math.prod(kernel_size) + (0 if additional is None else additional[1])
-    return 2 * products * math.prod(q_or_attn[:-1]) * slots * tokens[-1]
+    return 2 * math.prod(q_or_attn[:-1]) * slots * tokens[-1]
 
 
-def _define(name: str, schema: str, tensors: int, function: Any, fake: Any, backward: Any) -> None:
-    """Register an operator whose first ``tensors`` arguments are differentiable, and its backward one."""
-    results = ", ".join(["Tensor"] * tensors)
-    _library.define(
-        f"{name}_backward",
-        backward,
-        schema=f"(Tensor grad, {schema}) -> ({results})",
-        fake=lambda grad, *args: _or_empty([None if x is None else x.new_empty(x.shape) for x in args[:tensors]], grad),
-        flops=lambda grad, *args, **kwargs: _flops(tensors, 2, *args, **kwargs),
+for _name, _schema, _tensors, _forward, _fake, _backward in (
+    (_QK, _QK_SCHEMA, 4, _qk, _qk_fake, _qk_backward),
+    (_AV, _AV_SCHEMA, 3, _av, _av_fake, _av_backward),
+):
+    _library.define_differentiable(
+        _name,
+        schema=_schema,
+        tensors=_tensors,
+        results=["out"],
+        forward=_forward,
+        fake=_fake,
+        flops=partial(_flops, _tensors),
+        backward=_backward,
+        backward_flops=lambda *args, tensors=_tensors: 2 * _flops(tensors, *args),
     )
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
-
-    def autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        grads = getattr(torch.ops.subquad, f"{name}_backward")(grad, *saved, *ctx.options)
-        by_input = [d if value is not None else None for d, value in zip(grads, saved, strict=True)]
-        return (*by_input, *(None for _ in ctx.options))
-
-    _library.define(
-        name, function, schema=f"({schema}) -> Tensor", fake=fake, flops=partial(_flops, tensors, 1)
-    ).register_autograd(autograd, setup_context=setup_context)
-
-
-_define(_QK, _QK_SCHEMA, 4, _qk, _qk_fake, _qk_backward)
-_define(_AV, _AV_SCHEMA, 3, _av, _av_fake, _av_backward)
 
 
 # Implementations -------------------------------------------------------------------------------------------------

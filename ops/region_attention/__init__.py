@@ -230,7 +230,6 @@ _CALL_SCHEMA = (
     "SymInt[] region_size, SymInt[] kv_region_size, float scale, bool hide_padding"
 )
 """The fields of RegionCall, in order."""
-_TENSORS = 7
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -245,33 +244,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return o, call.q.new_empty(call.q.shape[:-1], dtype=call.working)
 
 
-def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = RegionCall(*args)
-    grads = _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
-    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _differentiable(call: Any) -> tuple[Any, ...]:
-    return call.q, call.k, call.v, call.weights, call.pad_k, call.pad_v
-
-
-def _backward_fake(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = RegionCall(*args)
-    return tuple(call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in _differentiable(call))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
-    ctx.options = inputs[_TENSORS:]
-
-
-def _autograd(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """lse is for the backward pass alone: no gradient enters through it."""
-    saved = ctx.saved_tensors
-    grads = torch.ops.subquad.region_attention_backward(grad_o, *saved, *ctx.options)
-    given = _differentiable(RegionCall(*saved[2:], *ctx.options))
-    q, k, v, *rest = (grad if x is not None else None for grad, x in zip(grads, given, strict=True))
-    return (q, k, v, None, *rest, *[None] * len(ctx.options))
+    return _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
 
 
 def _products(call: Any) -> tuple[int, int, int]:
@@ -287,7 +262,7 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * pairs * (dim + values)
 
 
-def _backward_flops(grad_o: Any, o: Any, lse: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(*args: Any) -> int:
     """The logits again, dP, dq, dk and dv."""
     pairs, dim, values = _products(RegionCall(*args))
     return 2 * pairs * (3 * dim + 2 * values)
@@ -308,15 +283,18 @@ def _routing_flops(q: Any, k: Any, region_size: Any, kv_region_size: Any, topk: 
     return 2 * q[0] * -(-q[1] // region_size[0]) * -(-q[2] // region_size[1]) * keys * q[3] * q[4]
 
 
-_library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    f"{_OP}_backward",
-    _backward,
-    schema=f"(Tensor grad_o, Tensor o, Tensor lse, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    _OP,
+    schema=_CALL_SCHEMA,
+    tensors=7,
+    results=["o", "lse"],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=_backward_flops,
+    kept=["o", "lse"],
+    fixed=[RegionCall._fields.index("regions")],
 )
 _library.define(
     "region_routing",

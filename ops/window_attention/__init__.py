@@ -257,7 +257,6 @@ _CALL_SCHEMA = (
     "float scale, bool pad_first, bool hide_padding, float mask_value, bool key_minus_query, bool grid, str drop_shift"
 )
 """The fields of WindowCall, in order."""
-_TENSORS = 6
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -271,29 +270,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), q.new_empty(q.shape[:-1], dtype=call.working)
 
 
-def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> Sequence[Tensor | None]:
     call = WindowCall(*args).settled()
-    grads = _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
-    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = WindowCall(*args)
-    tensors = (call.q, call.k, call.v, call.table, call.pad_k, call.pad_v)
-    return tuple(call.q.new_empty(0) if value is None else value.new_empty(value.shape) for value in tensors)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
-    ctx.options = inputs[_TENSORS:]
-
-
-def _autograd(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """lse is for the backward pass alone: no gradient enters through it."""
-    saved = ctx.saved_tensors
-    grads = torch.ops.subquad.window_attention_backward(grad_o, *saved, *ctx.options)
-    by_input = [grad if value is not None else None for grad, value in zip(grads, saved[2:], strict=True)]
-    return (*by_input, *[None] * len(ctx.options))
+    return _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
 
 
 def _products(call: Any) -> tuple[int, int, int]:
@@ -309,21 +288,23 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * pairs * (dim + values)
 
 
-def _backward_flops(grad_o: Any, o: Any, lse: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(*args: Any) -> int:
     """The logits again, dP, dq, dk and dv."""
     pairs, dim, values = _products(WindowCall(*args))
     return 2 * pairs * (3 * dim + 2 * values)
 
 
-_library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
-    f"{_OP}_backward",
-    _backward,
-    schema=f"(Tensor grad_o, Tensor o, Tensor lse, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
-    fake=_backward_fake,
-    flops=_backward_flops,
+_library.define_differentiable(
+    _OP,
+    schema=_CALL_SCHEMA,
+    tensors=6,
+    results=["o", "lse"],
+    forward=_forward,
+    fake=_forward_fake,
+    flops=_flops,
+    backward=_backward,
+    backward_flops=_backward_flops,
+    kept=["o", "lse"],
 )
 
 
