@@ -76,7 +76,10 @@ class ScanParameters(nn.Module):
 
         Projections commute with routes: a map is projected once, in place, whatever the number of routes through it.
         """
-        projected = F.linear(x, self.x_proj_weight[first:last].flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
+        weight = self.x_proj_weight
+        if last - first < weight.shape[0]:  # the gradient of a slice is a launch more
+            weight = weight[first:last]
+        projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
         dt, B, C = projected.split(self.sizes, dim=-1)
         return dt, B, C
 
