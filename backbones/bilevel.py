@@ -31,9 +31,25 @@ def pad_to_regions(x: Tensor, count: int) -> Tensor:
 def region_size(x: Tensor, count: int) -> list[int]:
     """Height and width of the regions of a map (B, H, W, C), ``count`` of them along a side that is long enough."""
     size = [x.shape[1] // count, x.shape[2] // count]
-    if not exporting():
+    if exporting():
+        size = [symbolic_max(side, 1) for side in size]
+    else:
         size = [max(size[0], 1), max(size[1], 1)]
     return size
+
+
+@torch.jit.unused
+def symbolic_max(a: int, b: int) -> int:
+    """``max`` without a branch, which an exported program would keep as it was for the example."""
+    larger: Any = torch.sym_max(a, b)
+    return larger
+
+
+@torch.jit.unused
+def symbolic_min(a: int, b: int) -> int:
+    """``min`` likewise."""
+    smaller: Any = torch.sym_min(a, b)
+    return smaller
 
 
 @register_notrace_function
@@ -42,8 +58,8 @@ def choose_regions(q: Tensor, k: Tensor, topk: int, size: list[int]) -> Tensor:
 
     All regions, where there are fewer than ``topk``.
     """
-    if not exporting():
-        topk = min(topk, -(-k.shape[1] // size[0]) * -(-k.shape[2] // size[1]))
+    regions_of_keys = ((k.shape[1] + size[0] - 1) // size[0]) * ((k.shape[2] + size[1] - 1) // size[1])
+    topk = symbolic_min(topk, regions_of_keys) if exporting() else min(topk, regions_of_keys)
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.
         regions = torch.ops.subquad.region_routing(q.detach(), k.detach(), size, size, topk).unsqueeze(1)

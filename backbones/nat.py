@@ -134,8 +134,7 @@ class NAT(Pyramid):
         check_kernel(kernel_size)
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
-        if [len(stage) for stage in dilations] != list(depths) or min(min(stage) for stage in dilations) < 1:
-            raise ValueError(f"dilations must be positive, one a block of depths={tuple(depths)}, got {dilations}")
+        _check_dilations(dilations, depths)
         dd = {"device": device, "dtype": dtype}
         stem, downsample = FRAMES[frame]
         block = partial(
@@ -166,6 +165,17 @@ class NAT(Pyramid):
     def no_weight_decay(self) -> set[str]:
         """The bias tables, as in the official training."""
         return bias_tables(self)
+
+
+def _check_dilations(dilations: Any, depths: Sequence[int]) -> None:
+    """Raises ValueError unless every block of every stage has a dilation."""
+    nested = isinstance(dilations, Sequence) and all(isinstance(stage, Sequence) for stage in dilations)
+    if (
+        not nested
+        or [len(stage) for stage in dilations] != list(depths)
+        or not all(isinstance(entry, int) and entry >= 1 for stage in dilations for entry in stage)
+    ):
+        raise ValueError(f"dilations must be positive, one a block of depths={tuple(depths)}, got {dilations!r}")
 
 
 # Variants --------------------------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
 def check_kernel(kernel_size: int) -> None:
-    """Raises ValueError for a side of windows that is not positive."""
-    if kernel_size < 1:
-        raise ValueError(f"kernel_size must be positive, got {kernel_size}")
+    """Raises ValueError for a side of windows that is not a positive integer."""
+    if not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f"kernel_size must be a positive integer, got {kernel_size!r}")
 
 
 def bias_tables(model: nn.Module) -> set[str]:

@@ -35,6 +35,11 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torc
         raise TypeError(f"{op}: {name} must be of dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, symbolic ones included; a bool is an argument in the wrong place."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raises ValueError if the tensor is on another device than the op's first argument."""
     if tensor.device != device:

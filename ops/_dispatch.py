@@ -26,7 +26,7 @@ class Implementation(NamedTuple):
     """One way to compute an op.
 
     Attributes:
-        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"`` or ``"reference"``.
+        name: what ``use_backend`` calls it: ``"triton"``, ``"torch"``, ``"reference"`` or another of the op's own.
         module: where it is, imported on first use: triton is optional.
         why_not: given the op's canonical call, the reason why it cannot serve it, or None if it can.
     """
@@ -73,7 +73,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on the implementation ``name``, in all threads of the process.
 
     Args:
-        name: ``"triton"``, ``"torch"`` or ``"reference"``.
+        name: ``"triton"``, ``"torch"`` or ``"reference"``; of neighborhood attention also ``"sdpa"``, its short cut for
+            windows that do not overlap.
 
     Raises:
         ValueError: for an unknown name here; for a call that the implementation cannot serve, at that call.

@@ -179,8 +179,11 @@ def per_axis(op: str, name: str, value: Any, axes: int, kind: type = int) -> lis
         ValueError: naming the argument, what was given and what was expected.
     """
     values = list(value) if isinstance(value, Sequence) else [value] * axes
-    positive = kind is bool or all(isinstance(entry, int) and entry >= 1 for entry in values)
-    if len(values) != axes or not positive or not all(isinstance(entry, kind) for entry in values):
+    if kind is bool:
+        fit = all(isinstance(entry, bool) for entry in values)
+    else:
+        fit = all(_checks.is_integer(entry) and entry >= 1 for entry in values)
+    if len(values) != axes or not fit:
         what = "bool" if kind is bool else "positive integer"
         raise ValueError(f"{op}: {name} must be a {what} or {axes} of them, got {value!r}")
     return values

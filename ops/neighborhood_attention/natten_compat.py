@@ -18,7 +18,8 @@ Since 0.20 NATTEN has neither a relative positional bias nor CPUs nor the split 
     NeighborhoodAttention<n>D
 
 for n = 1, 2, 3. Queries, keys, values and weights are (B, heads, *S, channels), in ``na<n>d`` (B, *S, heads, channels).
-The split forms do not scale the products. Results are contiguous.
+The split forms do not scale the products. Results are contiguous. Programs whose layers were written for releases
+before 0.17 call ``install(older_layers=True)``.
 """
 
 from __future__ import annotations
@@ -49,20 +50,28 @@ _AV = {1: na1d_av, 2: na2d_av, 3: na3d_av}
 _PerAxis = int | Sequence[int]
 
 
-def install() -> bool:
+def install(older_layers: bool = False) -> bool:
     """Let ``natten`` resolve to this package from now on, unless a NATTEN with all of its names is installed.
 
     What has imported NATTEN before keeps what it has, and what has looked for it in vain may not look again: call this
-    first. Another call changes nothing.
+    first. Another call with the same argument changes nothing.
+
+    Args:
+        older_layers: let layers have a relative positional bias and pad small maps unless told otherwise, as before
+            0.17. Programs that name neither, such as OneFormer with its DiNAT, need it for their weights.
 
     Returns:
         Whether ``natten`` is this package.
     """
     if _finder in sys.meta_path:
+        if _finder.older_layers != older_layers:
+            _finder.older_layers = older_layers
+            _forget()
         return True
     if _is_complete():
         return False
     _forget()
+    _finder.older_layers = older_layers
     sys.meta_path.insert(0, _finder)
     return True
 
@@ -244,12 +253,23 @@ def _for_axes(axes: int, name: str, function: Callable[..., Any]) -> Callable[..
 
 
 class _OlderArguments:
-    """Before 0.17 ``rel_pos_bias`` was ``bias``, and small maps were padded."""
+    """Before 0.17 ``rel_pos_bias`` was ``bias``, and small maps were padded. Without a dilation it is 1."""
 
-    def __init__(self, *args: Any, bias: bool | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: _PerAxis,
+        dilation: _PerAxis | None = 1,
+        *args: Any,
+        bias: bool | None = None,
+        **options: Any,
+    ) -> None:
         if bias is not None:
+            if "rel_pos_bias" in options:
+                raise TypeError(f"{type(self).__name__}: bias was the name of rel_pos_bias before 0.17, got both")
             options |= {"rel_pos_bias": bias, "pad_small_maps": True}
-        super().__init__(*args, **options)
+        super().__init__(dim, num_heads, kernel_size, 1 if dilation is None else dilation, *args, **options)  # type: ignore[call-arg]
 
 
 class NeighborhoodAttention1D(_OlderArguments, modules.NeighborhoodAttention1D):
@@ -264,9 +284,44 @@ class NeighborhoodAttention3D(_OlderArguments, modules.NeighborhoodAttention3D):
     """``subquad.ops.NeighborhoodAttention3D``, also with the arguments of releases before 0.17, by name."""
 
 
+class _OlderDefaults:
+    """Before 0.17 there was a bias by default; options behind the dilation are by name, as their order has changed."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: _PerAxis,
+        dilation: _PerAxis | None = 1,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, kernel_size, dilation, bias=bias, **options)  # type: ignore[call-arg]
+
+
+class OlderNeighborhoodAttention1D(_OlderDefaults, NeighborhoodAttention1D):
+    """With the defaults of releases before 0.17: a bias, and padding of small maps."""
+
+
+class OlderNeighborhoodAttention2D(_OlderDefaults, NeighborhoodAttention2D):
+    """With the defaults of releases before 0.17: a bias, and padding of small maps."""
+
+
+class OlderNeighborhoodAttention3D(_OlderDefaults, NeighborhoodAttention3D):
+    """With the defaults of releases before 0.17: a bias, and padding of small maps."""
+
+
 _LAYERS = {
     layer.__name__: layer for layer in (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
 }
+_OLDER_LAYERS = dict(
+    zip(
+        _LAYERS,
+        (OlderNeighborhoodAttention1D, OlderNeighborhoodAttention2D, OlderNeighborhoodAttention3D),
+        strict=True,
+    )
+)
 
 
 # Imports and metadata --------------------------------------------------------------------------------------------
@@ -290,11 +345,13 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(_functions())
         if module.__name__ == "natten":
-            vars(module).update(_LAYERS, __version__=VERSION)
+            vars(module).update(_OLDER_LAYERS if _finder.older_layers else _LAYERS, __version__=VERSION)
             importlib.import_module("natten.functional")
 
 
 class _Finder(DistributionFinder):
+    older_layers = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname not in ("natten", "natten.functional"):
             return None

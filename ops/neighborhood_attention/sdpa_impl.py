@@ -26,7 +26,7 @@ def why_not(call: NeighborhoodCall) -> str | None:
         return f"it is the short cut of CPUs, got tensors on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"PyTorch's attention rounds weights to 16 bits, got {dtype}"
-    if call.extra:
+    if call.additional_keys is not None:
         return "additional keys are in no block"
     if call.q.shape[-1] != call.v.shape[-1]:
         return f"queries and values must be alike, got {call.q.shape[-1]} and {call.v.shape[-1]} channels"

@@ -121,14 +121,17 @@ def route_regions(
     Raises:
         TypeError, ValueError: as ``region_attention``.
     """
-    size, kv_size = _sizes(region_size, kv_region_size)
-    _check_maps(q, k, k)
-    _checks.check_dtype("route_regions", "q", q, _DTYPES)
-    _checks.check_dtype("route_regions", "k", k, (q.dtype,))
-    _checks.check_device("route_regions", "k", k, q.device)
+    op = "route_regions"
+    for name, value in (("q", q), ("k", k)):
+        _checks.check_tensor(op, name, value)
+    size, kv_size = _sizes(op, region_size, kv_region_size)
+    _check_maps(op, q, k, k)
+    _checks.check_dtype(op, "q", q, _DTYPES)
+    _checks.check_dtype(op, "k", k, (q.dtype,))
+    _checks.check_device(op, "k", k, q.device)
     rows, columns = count_regions(k, kv_size)
-    if isinstance(topk, int) and not 1 <= topk <= rows * columns:
-        raise ValueError(f"route_regions: topk must be 1 to the {rows * columns} regions of the keys, got {topk}")
+    if not _checks.is_integer(topk) or (isinstance(topk, int) and not 1 <= topk <= rows * columns):
+        raise ValueError(f"{op}: topk must be 1 to the {rows * columns} regions of the keys, got {topk!r}")
     return torch.ops.subquad.region_routing(q.detach(), k.detach(), size, kv_size, topk).unsqueeze(1)
 
 
@@ -154,8 +157,8 @@ def prepare(
     for name, value in given.items():
         if value is not None or name in ("q", "k", "v", "regions"):
             _checks.check_tensor(_OP, name, value)
-    size, kv_size = _sizes(region_size, kv_region_size)
-    _check_maps(q, k, v)
+    size, kv_size = _sizes(_OP, region_size, kv_region_size)
+    _check_maps(_OP, q, k, v)
     if hide_padding and (pad_k is not None or pad_v is not None):
         raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
     for name, pad, like in (("pad_k", pad_k, k), ("pad_v", pad_v, v)):
@@ -188,26 +191,26 @@ def prepare(
     return RegionCall(q, k, v, regions, weights, pad_k, pad_v, size, kv_size, factor, hide_padding)
 
 
-def _check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_maps(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         if value.dim() != 5:
-            raise ValueError(f"{_OP}: {name} must be (B, H, W, heads, channels), got shape {tuple(value.shape)}")
+            raise ValueError(f"{op}: {name} must be (B, H, W, heads, channels), got shape {tuple(value.shape)}")
         if 0 in value.shape[1:]:
-            raise ValueError(f"{_OP}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
+            raise ValueError(f"{op}: {name} must not be empty but for its batch, got shape {tuple(value.shape)}")
     shape = (q.shape[0], k.shape[1], k.shape[2], q.shape[3])
-    _checks.check_shape(_OP, "k", k, "(B, H_k, W_k, heads, D)", (*shape, q.shape[4]))
-    _checks.check_shape(_OP, "v", v, "(B, H_k, W_k, heads, E)", (*shape, v.shape[4]))
+    _checks.check_shape(op, "k", k, "(B, H_k, W_k, heads, D)", (*shape, q.shape[4]))
+    _checks.check_shape(op, "v", v, "(B, H_k, W_k, heads, E)", (*shape, v.shape[4]))
 
 
-def _sizes(region_size: Any, kv_region_size: Any) -> tuple[list[int], list[int]]:
-    size = _per_axis("region_size", region_size)
-    return size, size if kv_region_size is None else _per_axis("kv_region_size", kv_region_size)
+def _sizes(op: str, region_size: Any, kv_region_size: Any) -> tuple[list[int], list[int]]:
+    size = _per_axis(op, "region_size", region_size)
+    return size, size if kv_region_size is None else _per_axis(op, "kv_region_size", kv_region_size)
 
 
-def _per_axis(name: str, value: Any) -> list[int]:
+def _per_axis(op: str, name: str, value: Any) -> list[int]:
     values = list(value) if isinstance(value, Sequence) else [value] * 2
-    if len(values) != 2 or not all(isinstance(entry, int | torch.SymInt) and entry >= 1 for entry in values):
-        raise ValueError(f"{_OP}: {name} must be a positive integer or two of them, got {value!r}")
+    if len(values) != 2 or not all(_checks.is_integer(entry) and entry >= 1 for entry in values):
+        raise ValueError(f"{op}: {name} must be a positive integer or two of them, got {value!r}")
     return values
 
 

@@ -233,8 +233,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: 
 
 
 def _per_axis(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    values = [value] * 2 if isinstance(value, int) else list(value)
-    if len(values) != 2 or not all(isinstance(entry, int) and entry >= least for entry in values):
+    values = list(value) if isinstance(value, Sequence) else [value] * 2
+    if len(values) != 2 or not all(_checks.is_integer(entry) and entry >= least for entry in values):
         expected = "a positive integer" if least else "an integer from 0 on"
         raise ValueError(f"{_OP}: {name} must be {expected} or two of them, got {value!r}")
     return values

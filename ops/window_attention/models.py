@@ -23,8 +23,11 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def patch(model: _Model) -> _Model:
     """Compute every windowed attention of a model with ``subquad.ops.window_attention``, exactly as before.
 
-    Served are, of timm, ``swin_*``, ``swinv2_*`` (not ``swinv2_cr_*``), ``davit_*``, ``twins_svt_*``, ``maxvit_*`` and
-    ``maxxvit*`` (windows and grids), and torchvision's ``swin_t`` to ``swin_v2_b``. Patching again changes nothing.
+    Served are, of timm, ``swin_*``, ``swinv2_*``, ``davit_*``, ``twins_svt_*``, ``tiny_vit_*``, ``maxvit_*`` and
+    ``maxxvit*`` (windows and grids), of ``gcvit_*`` and ``sam2_hiera_*`` those blocks whose queries are the tokens of
+    the window (neither global nor pooled), and torchvision's ``swin_t`` to ``swin_v2_b``. What the op cannot express
+    stays as it is: ``samvit_*`` has a bias that depends on the query, and ``swinv2_cr_*`` in training draws one for
+    each pair. Patching again changes nothing.
 
     Returns:
         The model itself.
@@ -36,7 +39,7 @@ def patch(model: _Model) -> _Model:
     if not found:
         raise ValueError(
             f"patch: found no windowed attention in {type(model).__name__}, expected one of timm's swin, swinv2, "
-            "davit, twins_svt or maxvit models, or of torchvision's swin models"
+            "davit, twins_svt, tiny_vit, maxvit, gcvit or sam2_hiera models, or of torchvision's swin models"
         )
     for module, rule in found:
         if rule.dropout(module) > 0:
@@ -75,16 +78,19 @@ class _Rule(NamedTuple):
         method: the method that is shadowed.
         attend: takes its place; called with the module first.
         dropout: probability with which a module drops attention weights.
+        serves: whether the op expresses what a module of the class does.
     """
 
     method: str
     attend: Callable[..., Tensor]
     dropout: Callable[[Any], float]
+    serves: Callable[[Any], bool] = lambda module: True
 
 
 def _rule(module: nn.Module) -> _Rule | None:
     cls = type(module)  # itself: a subclass may compute something else
-    return _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+    rule = _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return rule if rule is not None and rule.serves(module) else None
 
 
 # What takes the place of each method -----------------------------------------------------------------------------
@@ -208,19 +214,28 @@ def _twins(attn: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
 def _partition(block: Any, x: Tensor) -> Tensor:
     """timm's ``_partition_attn`` of MaxViT, channels last: windows or grid of a map (B, H, W, C)."""
     attn = block.attn
-    o = _partition_core(block, attn.qkv(x))
+    o = _partition_core(attn, attn.qkv(x), block.partition_size, grid=not block.partition_block)
     return attn.proj_drop(attn.proj(o.flatten(3)))
 
 
 def _partition_2d(block: Any, x: Tensor) -> Tensor:
     """Likewise with channels first: a map (B, C, H, W)."""
     attn = block.attn
-    o = _partition_core(block, attn.qkv(x).permute(0, 2, 3, 1))
+    o = _partition_core(attn, attn.qkv(x).permute(0, 2, 3, 1), block.partition_size, grid=not block.partition_block)
     return attn.proj_drop(attn.proj(o.flatten(3).permute(0, 3, 1, 2)))
 
 
-def _partition_core(block: Any, qkv: Tensor) -> Tensor:
-    attn, rel_pos = block.attn, block.attn.rel_pos
+def _partition_parallel(block: Any, x: Tensor) -> Tensor:
+    """timm's ``ParallelPartitionAttention._partition_attn`` of MaxViT: windows and grid side by side."""
+    found = []
+    for attn, grid in ((block.attn_block, False), (block.attn_grid, True)):
+        o = _partition_core(attn, attn.qkv(x), block.partition_size, grid)
+        found.append(attn.proj_drop(attn.proj(o.flatten(3))))
+    return torch.cat(found, dim=-1)
+
+
+def _partition_core(attn: Any, qkv: Tensor, size: tuple[int, int], grid: bool) -> Tensor:
+    rel_pos = attn.rel_pos
     if attn.head_first:
         q, k, v = qkv.unflatten(-1, (attn.num_heads, 3, -1)).unbind(4)
     else:
@@ -237,12 +252,51 @@ def _partition_core(block: Any, qkv: Tensor) -> Tensor:
         q,
         k,
         v,
-        block.partition_size,
+        size,
         table=table,
         scale=attn.scale,
         index="k-q" if kind == "RelPosBiasTf" else "q-k",
-        grid=not block.partition_block,
+        grid=grid,
     )
+
+
+def _tiny_vit(block: Any, x: Tensor) -> Tensor:
+    """timm's ``TinyVitBlock.forward``: map (B, H, W, C) to map."""
+    attn, side = block.attn, block.window_size
+    parts = (attn.key_dim, attn.key_dim, attn.val_dim)
+    # Padding is added in front of the norm, which makes its bias of it.
+    _, pad_k, pad_v = attn.qkv(attn.norm.bias).unflatten(-1, (attn.num_heads, -1)).split(parts, dim=-1)
+    q, k, v = attn.qkv(attn.norm(x)).unflatten(-1, (attn.num_heads, -1)).split(parts, dim=-1)
+    distance = torch.arange(1 - side, side, device=x.device).abs()
+    table = attn.attention_biases[:, distance[:, None] * side + distance].flatten(1).mT
+    pads = {"pad_k": pad_k.to(k.dtype), "pad_v": pad_v.to(v.dtype)}
+    o = window_attention(q, k, v, side, table=table, scale=attn.scale, **pads)
+    x = x + block.drop_path1(attn.proj(o.flatten(3)))
+    x = block.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x + block.drop_path2(block.mlp(x))
+
+
+def _gcvit(block: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+    """timm's ``GlobalContextVitBlock._window_attn`` without global queries: map (B, H, W, C) to map."""
+    attn, (height, width) = block.attn, block.window_size
+    if not torch.compiler.is_exporting() and (x.shape[1] % height or x.shape[2] % width):
+        size = f"{x.shape[1]} x {x.shape[2]}"
+        raise ValueError(f"windows of {height} x {width} must divide the map, got {size}")
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
+    table = attn.rel_pos.relative_position_bias_table
+    o = window_attention_packed(qkv, block.window_size, table=table, scale=attn.scale)
+    return attn.proj_drop(attn.proj(o.flatten(3)))
+
+
+def _hiera(block: Any, x: Tensor) -> Tensor:
+    """timm's ``MultiScaleBlock.forward`` of SAM 2's Hiera, in windows without pooling: map (B, H, W, C) to map."""
+    attn, normed = block.attn, block.norm1(x)
+    shortcut = x if block.dim == block.dim_out else block.proj(normed)
+    qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1))
+    padding = _padding(normed, block.window_size, attn.qkv.bias, qkv)
+    o = window_attention_packed(qkv, block.window_size, scale=attn.scale, **padding)
+    x = shortcut + block.drop_path1(block.ls1(attn.proj(o.flatten(3))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _padding(x: Tensor, window: tuple[int, int], bias: Tensor | None, qkv: Tensor) -> dict[str, Any]:
@@ -261,6 +315,16 @@ _RULES = {
     "timm.models.twins.LocallyGroupedAttn": _Rule("forward", _twins, lambda m: m.attn_drop.p),
     "timm.models.maxxvit.PartitionAttentionCl": _Rule("_partition_attn", _partition, lambda m: m.attn.attn_drop.p),
     "timm.models.maxxvit.PartitionAttention2d": _Rule("_partition_attn", _partition_2d, lambda m: m.attn.attn_drop.p),
+    "timm.models.maxxvit.ParallelPartitionAttention": _Rule(
+        "_partition_attn", _partition_parallel, lambda m: m.attn_block.attn_drop.p
+    ),
+    "timm.models.tiny_vit.TinyVitBlock": _Rule("forward", _tiny_vit, lambda m: 0.0),
+    "timm.models.gcvit.GlobalContextVitBlock": _Rule(
+        "_window_attn", _gcvit, lambda m: m.attn.attn_drop.p, lambda m: not m.attn.use_global
+    ),
+    "timm.models.hieradet_sam2.MultiScaleBlock": _Rule(
+        "forward", _hiera, lambda m: 0.0, lambda m: m.is_windowed and m.q_stride is None
+    ),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _Rule(
         "forward", _torchvision, lambda m: m.attention_dropout
     ),

@@ -10,10 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.export import Dim
 
 from subquad.backbones import weights
 from subquad.backbones.biformer import BiFormer, FullAttention
 from subquad.backbones.bilevel import BiLevelRoutingAttention
+from subquad.tools.export import EXPORT_FORMS
 
 MODEL = "test_biformer"
 
@@ -171,3 +173,30 @@ def test_ragged_regions_of_small_maps_are_full_attention() -> None:
     o = F.scaled_dot_product_attention(q, k, v, scale=8**-0.5).transpose(1, 2).reshape(2, 2, 2, 8)
     lepe = attention.lepe(v.transpose(1, 2).reshape(2, 2, 2, 8))
     torch.testing.assert_close(attention(x), attention.proj(o + lepe), rtol=1e-12, atol=1e-12)
+
+
+def _exported_ragged() -> tuple[BiLevelRoutingAttention, torch.export.ExportedProgram, list[Tensor]]:
+    """With maps of fewer tokens a side and fewer regions than the traced one has."""
+    attention = _attention(ragged=True, topk=5, dtype=torch.float32)
+    example, *others = (torch.randn(*size, 8) for size in [(2, 7, 8), (1, 2, 9), (3, 2, 2), (1, 13, 4)])
+    axes = ({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO},)
+    return attention, torch.export.export(attention, (example,), dynamic_shapes=axes), others
+
+
+def test_exported_ragged_regions_of_small_maps() -> None:
+    """Of at least a token, and no more than there are, as in eager mode."""
+    attention, program, maps = _exported_ragged()
+    for x in maps:
+        torch.testing.assert_close(program.module()(x), attention(x))
+
+
+@pytest.mark.slow  # ten seconds, nearly all of it PyTorch's exporter
+def test_onnx_of_ragged_regions_of_small_maps() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason='ONNX needs pip install "subquad[export]"')
+    attention, program, maps = _exported_ragged()
+    written = torch.onnx.export(program.run_decompositions(EXPORT_FORMS), dynamo=True, verbose=False)
+    assert written is not None
+    session = onnxruntime.InferenceSession(written.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for x in (*maps, torch.randn(1, 1, 3, 8)):
+        (o,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(o), attention(x))

@@ -79,7 +79,7 @@ def test_small_maps_without_padding_are_an_error() -> None:
     ("options", "message"),
     [
         ({"num_heads": 5}, "5 heads for 384 channels"),
-        ({"kernel_size": 0}, "kernel_size must be positive, got 0"),
+        ({"kernel_size": 0}, "kernel_size must be a positive integer, got 0"),
         ({"dilation": 0}, "dilation and patch_size must be positive.*got dilation=0"),
         ({"img_size": 8}, "img_size at least a patch.*img_size=8"),
         ({"depth": 0}, r"depths must be positive, got \(0,\)"),

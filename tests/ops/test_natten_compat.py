@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.backbones import weights
 from subquad.backbones.nat import NAT
+from subquad.ops import NeighborhoodAttention2D
 from subquad.ops.neighborhood_attention import natten_compat
 
 EXACT = 1e-12
@@ -136,6 +137,27 @@ def test_layers(axes: int) -> None:
     assert layer(8, 2, 5, dilation=2, bias=True)(x).shape == x.shape
     with pytest.raises(ValueError, match="at most the map's"):
         layer(8, 2, 5, 2, rel_pos_bias=True)(x)
+
+
+def test_layers_of_a_program_from_before_0_17() -> None:
+    """OneFormer's DiNAT and the authors' NAT name no bias, and None where there is no dilation."""
+    assert natten_compat.install(older_layers=True)
+    layer = importlib.import_module("natten").NeighborhoodAttention2D(
+        8, kernel_size=5, dilation=None, num_heads=2, qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0
+    )
+    ours = NeighborhoodAttention2D(8, 2, 5, rel_pos_bias=True, pad_small_maps=True)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter)
+    layer.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(layer(x), ours(x))
+    with pytest.raises(TypeError, match=r"bias was the name of rel_pos_bias before 0\.17, got both"):
+        type(layer)(8, 2, 5, rel_pos_bias=False)
+    with pytest.raises(TypeError, match="positional"):
+        type(layer)(8, 2, 5, 1, False)
+    assert natten_compat.install()
+    layer = importlib.import_module("natten").NeighborhoodAttention2D(8, 2, 5, None)
+    assert layer.rpb is None and layer.dilation == [1, 1]
 
 
 # Imports and metadata --------------------------------------------------------------------------------------------

@@ -295,6 +295,18 @@ def test_empty_batch(backend: str, options: Arguments) -> None:
     assert not mine["rpb"].any()
 
 
+@pytest.mark.parametrize("kernel_size", [3, (5, 6)], ids=["windows", "whole map"])
+def test_no_additional_keys_at_all(kernel_size: Any) -> None:
+    """Their number may be a variable of the program; gradients are as empty as they are."""
+    arguments = _inputs(5, 6, kernel_size=kernel_size)
+    none = {name: arguments["q"].new_empty(2, 0, 2, 4) for name in ("additional_keys", "additional_values")}
+    leaves = {name: value.requires_grad_() for name, value in (arguments | none).items() if isinstance(value, Tensor)}
+    o, _ = _attend(arguments | none)
+    torch.testing.assert_close(o, _attend(arguments)[0], rtol=EXACT, atol=EXACT)
+    grads = dict(zip(leaves, torch.autograd.grad(o.sum(), tuple(leaves.values())), strict=True))
+    assert all(grads[name].shape == value.shape for name, value in leaves.items())
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast_decides_the_dtype(dtype: torch.dtype) -> None:
     arguments = _inputs(dtype=torch.float32, additional=1) | {"v": _normal(3, 2, 7, 9, 2, 4).to(dtype)}
@@ -443,6 +455,9 @@ BAD: dict[str, tuple[Any, ...]] = {
         ("on axis 1 kernel_size * dilation must be at most the map's 9, got 3 * 4 = 12",),
     ),
     "stride": (lambda _: {"stride": (1, 4)}, ValueError, ("on axis 1 stride must be at most kernel_size 3, got 4",)),
+    # NATTEN's causality is in the place of the stride
+    "stride_bool": (lambda _: {"stride": True}, ValueError, ("stride must be a positive integer or 2", "got True")),
+    "dilation_bool": (lambda _: {"dilation": (1, False)}, ValueError, ("dilation must be a positive", "(1, False)")),
     "causal": (lambda _: {"is_causal": (True,)}, ValueError, ("is_causal must be a bool or 2 of them", "(True,)")),
 }
 

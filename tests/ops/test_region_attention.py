@@ -371,3 +371,11 @@ def test_routing_refuses_more_regions_than_there_are() -> None:
     q = torch.randn(1, 7, 10, 2, 4)
     with pytest.raises(ValueError, match="route_regions: topk must be 1 to the 9 regions of the keys, got 10"):
         route_regions(q, q, 10, (3, 4))
+    with pytest.raises(ValueError, match=r"route_regions: topk must be 1 to the 9 regions of the keys, got 2\.0"):
+        route_regions(q, q, 2.0, (3, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="route_regions: q must be a tensor, got list"):
+        route_regions([q], q, 2, (3, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"route_regions: k must be \(B, H, W, heads, channels\), got shape"):
+        route_regions(q, q[0], 2, (3, 4))
+    with pytest.raises(ValueError, match="route_regions: region_size must be a positive integer or two of them, got 0"):
+        route_regions(q, q, 2, 0)

@@ -389,6 +389,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     ),
     "pad_shape": (lambda a: {"pad_k": a["pad_k"][:1]}, ValueError, ("pad_k must have shape (heads, D) = (2, 4)",)),
     "window_0": (lambda _: {"window": 0}, ValueError, ("window must be a positive integer", "got 0")),
+    "window_float": (lambda _: {"window": 4.0}, ValueError, ("window must be a positive integer", "got 4.0")),
+    "shift_bool": (lambda _: {"shift": True}, ValueError, ("shift must be an integer from 0 on", "got True")),
     "window_axes": (lambda _: {"window": (3, 3, 3)}, ValueError, ("window", "or two of them", "(3, 3, 3)")),
     "shift": (lambda _: {"shift": (1, 4)}, ValueError, ("on axis 1 shift must be below the window's 4, got 4",)),
     "negative_shift": (lambda _: {"shift": -1}, ValueError, ("shift must be an integer from 0 on", "-1")),

@@ -12,9 +12,12 @@ import timm
 import torch
 import torchvision
 from timm.models.davit import DaVit
+from timm.models.gcvit import GlobalContextVit, GlobalContextVitBlock
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.tiny_vit import TinyVit
 from timm.models.twins import Twins
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
@@ -41,14 +44,18 @@ def _swin_v2(**options: Any) -> nn.Module:
     return SwinTransformerV2(**(_SWIN | {"img_size": 56, "window_size": 4} | options))
 
 
-def _maxvit(rel_pos: str, **options: Any) -> nn.Module:
+def _maxvit(rel_pos: str, block: str = "M", **options: Any) -> nn.Module:
     transformer = MaxxVitTransformerCfg(
         dim_head=8, window_size=(4, 4), grid_size=(4, 4), rel_pos_type=rel_pos, **options
     )
     cfg = MaxxVitCfg(
-        embed_dim=(16, 32), depths=(1, 1), block_type=("M", "M"), stem_width=16, transformer_cfg=transformer
+        embed_dim=(16, 32), depths=(1, 1), block_type=(block, block), stem_width=16, transformer_cfg=transformer
     )
     return MaxxVit(cfg, img_size=64, num_classes=5)
+
+
+def _tiny_vit() -> nn.Module:
+    return TinyVit(num_classes=5, embed_dims=(8, 8, 16), depths=(1, 2, 1), num_heads=(2, 2, 2), window_sizes=(4, 4, 4))
 
 
 def _torchvision(v2: bool = False) -> nn.Module:
@@ -94,6 +101,38 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "maxvit channels first": (lambda: _maxvit("bias_tf", use_nchw_attn=True), (64, 64), 4),
     "maxvit heads second": (lambda: _maxvit("bias", head_first=False), (64, 64), 4),
     "maxvit mlp": (lambda: _maxvit("mlp"), (64, 64), 4),
+    "maxvit parallel": (lambda: _maxvit("bias", "PM"), (64, 64), 2),
+    "tiny_vit ragged": (lambda: _tiny_vit(), (40, 56), 3),
+    "tiny_vit one window": (lambda: _tiny_vit(), (32, 32), 3),
+    # every other block has global queries
+    "gcvit": (
+        lambda: GlobalContextVit(
+            img_size=64,
+            num_classes=5,
+            window_size=(4, 4, 4, 2),
+            embed_dim=8,
+            depths=(2, 2, 3, 2),
+            num_heads=(1, 2, 2, 4),
+            mlp_ratio=1.0,
+        ),
+        (64, 64),
+        5,
+    ),
+    # the first block of the second stage pools its queries, the last one attends to the whole map
+    "sam2_hiera": (
+        lambda: HieraDet(
+            num_classes=5,
+            embed_dim=8,
+            num_heads=1,
+            stages=(1, 2, 2, 1),
+            window_spec=(4, 4, 3, 2),
+            global_att_blocks=(5,),
+            global_pos_size=(4, 4),
+            q_pool=1,
+        ),
+        (64, 80),
+        4,
+    ),
     "torchvision": (_torchvision, (44, 72), 4),
     "torchvision one window": (_torchvision, (16, 40), 4),
     "torchvision v2": (lambda: _torchvision(v2=True), (44, 72), 4),
@@ -113,7 +152,7 @@ def _randomise(model: nn.Module) -> nn.Module:
 
 def _results(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     image = image.detach().requires_grad_()
-    y = model(image)
+    y = model.eval()(image)  # TinyViT forgets the bias, with its graph, that it keeps in evaluation
     leaves = dict(model.named_parameters()) | {"image": image}
     grads = torch.autograd.grad(y, list(leaves.values()), torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -121,7 +160,9 @@ def _results(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 def _patched(model: nn.Module) -> list[str]:
     return [
-        name for name, module in model.named_modules() if {"forward", "_attn", "_partition_attn"} & vars(module).keys()
+        name
+        for name, module in model.named_modules()
+        if {"forward", "_attn", "_partition_attn", "_window_attn"} & vars(module).keys()
     ]
 
 
@@ -215,6 +256,9 @@ def test_autocast_gives_what_timm_gives() -> None:
 def test_bad_models() -> None:
     with pytest.raises(ValueError, match="patch: found no windowed attention in ResNet"):
         patch(timm.create_model("resnet10t"))
+    block = patch(GlobalContextVitBlock(8, feat_size=(8, 8), num_heads=2, window_size=(4, 2), use_global=False))
+    with pytest.raises(ValueError, match="windows of 4 x 2 must divide the map, got 8 x 7"):
+        block(torch.randn(1, 8, 7, 8))
     model = _swin(attn_drop_rate=0.25)
     with pytest.raises(ValueError, match=r"SwinTransformerBlock drops attention weights with probability 0\.25"):
         patch(model)

@@ -127,6 +127,7 @@ def test_torch_program_of_features(exported: Callable[..., Path], checkpoints: C
         pytest.param("test_vig_h", True, marks=pytest.mark.slow),
         pytest.param("test_mlla", False, marks=pytest.mark.slow),
         pytest.param("test_nat", True, marks=pytest.mark.slow),
+        pytest.param("test_nat_isotropic", False, marks=pytest.mark.slow),
         pytest.param("test_biformer", True, marks=pytest.mark.slow),
     ],
 )
