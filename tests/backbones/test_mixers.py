@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,6 +132,8 @@ def test_unknown_mixer_and_bad_stages() -> None:
         MixerPVT2("slab", (1, 1, 1, 1), mlp_ratios=(4, 4))
     with pytest.raises(ValueError, match=r"agents must have one entry for each of 12 blocks, got \(9,\)"):
         MixerDeiT("agent", 16, 2, agents=(9,))
+    with pytest.raises(ValueError, match="agents are for the mixer 'agent', got mixer='softmax'"):
+        MixerDeiT("softmax", 16, 2, depth=1, agents=(9,))
     with pytest.raises(ValueError, match="heads must have an even number of channels, got 6 over 2 heads"):
         MIXERS["polaformer"](6, 2, (2, 2))
     with pytest.raises(TypeError, match="depth_"):
@@ -141,6 +145,40 @@ def test_unknown_mixer_and_bad_stages() -> None:
 def test_heads_that_do_not_divide(mixer: str, heads: int) -> None:
     with pytest.raises(ValueError, match=f"num_heads must divide the channels, got {heads} heads for 8 channels"):
         MIXERS[mixer](8, heads, (2, 2))
+
+
+@pytest.mark.parametrize("heads", [3, 0, -2])
+@pytest.mark.parametrize("mixer", ["softmax", "inline"])
+def test_heads_of_deit_that_do_not_divide(mixer: str, heads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_heads must divide the channels, got {heads} heads for 16 channels"):
+        MixerDeiT(mixer, 16, heads, depth=1)
+
+
+@pytest.mark.parametrize("size", [0, -5, (64, 0)])
+def test_image_without_pixels(size: Any) -> None:
+    hosts: list[Callable[..., nn.Module]] = [
+        partial(MixerSwin, "inline", (1, 1, 0, 0), **SMALL_SWIN),
+        partial(MixerPVT, "inline", (1, 1, 1, 1)),
+        partial(MixerPVT2, "slab", (1, 1, 1, 1)),
+        partial(MixerDeiT, "inline", 16, 2),
+        partial(MixerCSWin, "slab", (1, 0, 1, 0), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}),
+    ]
+    for host in hosts:
+        with pytest.raises(ValueError, match="img_size must be positive, got"):
+            host(img_size=size)
+
+
+def test_sizes_of_nothing() -> None:
+    for name in ("window_size", "patch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            MixerSwin("inline", (1, 1, 0, 0), **SMALL_SWIN | {name: 0})
+    for name in ("depth", "patch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            MixerDeiT("inline", 16, 2, **{name: 0})
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+        MixerDeiT("inline", 0, 2)
+    with pytest.raises(ValueError, match="sr_ratios must be at least 1, got -1"):
+        MixerPVT("inline", (1, 1, 1, 1), sr_ratios=(8, -1, 2, 1))
 
 
 def test_agents_form_a_square() -> None:
