@@ -18,8 +18,10 @@ from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
 from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features
+from subquad.backbones.weights import filter_of
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
+TWO_STAGES: dict[str, Any] = {"mixer_stages": (True, True), "sr_ratios": (2, 1), "mixer_options": ({}, {})}
 SMALL_SWIN: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "img_size": 96}
 
 
@@ -103,6 +105,50 @@ def test_weights_for_another_image_size(mixer: str) -> None:
     torch.testing.assert_close(filtered[position], expected.permute(0, 2, 3, 1))
     # a table that is constant over the window stays so
     torch.testing.assert_close(filtered[table], torch.arange(2.0).expand(11 * 11, 2))
+
+
+@mixers
+def test_mixers_declare_what_is_bound_to_a_size(mixer: str) -> None:
+    """The declared tables, and no other parameters, are of another shape in a mixer for another map."""
+    one, other = (dict(MIXERS[mixer](8, 2, size).named_parameters()) for size in ((4, 5), (7, 9)))
+    assert one.keys() == other.keys()
+    bound = {name for name in one if one[name].shape != other[name].shape}
+    assert bound == set(dict(MIXERS[mixer].size_bound))  # type: ignore[attr-defined]
+
+
+def test_biases_of_agents_for_another_image_size() -> None:
+    """Along rows and columns linearly, in the official order of axes; the coarse tables stay as they are."""
+    options = SMALL_SWIN | {"mixer": "agent", "mixer_blocks": (1, 1, 0, 0), "mixer_options": [{"agents": 9}] * 4}
+    large = MixerSwin(**options | {"img_size": 192, "window_size": 14})
+    block, sizes = "blocks.0.attn", {"ah": (9, 24, 1), "aw": (9, 1, 24), "ha": (24, 1, 9), "wa": (1, 24, 9)}
+    official = {f"layers.0.{block}.{name}_bias": torch.randn(1, 1, *size) for name, size in sizes.items()}
+    official[f"layers.0.{block}.an_bias"] = coarse = torch.randn(1, 9, 7, 7)
+    fitted = checkpoint_filter_fn(official, large)
+    assert torch.equal(fitted[f"stages.0.{block}.an_bias"], coarse)
+    ah, aw, ha, wa = (official[f"layers.0.{block}.{name}_bias"][0] for name in sizes)
+    lines = {"ah": ah[..., 0], "aw": aw[:, :, 0], "ha": ha[:, :, 0].mT, "wa": wa[:, 0].mT}  # (heads, agents, 24)
+    for name, line in lines.items():
+        expected = nn.functional.interpolate(line, size=48, mode="linear")
+        found = fitted[f"stages.0.{block}.{name}_bias"]
+        assert found.shape == large.state_dict()[f"stages.0.{block}.{name}_bias"].shape
+        torch.testing.assert_close(found.flatten(2), expected)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (12, 5), (16, 4)], ids=["square", "oblong", "as many"])
+def test_positions_of_hosts_for_another_image_size(size: tuple[int, int]) -> None:
+    """The class token's own position goes to the class token; the others are resampled, for maps of any shape."""
+    positions = torch.randn(1, 1 + 64, 16)
+    maps = positions[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+    expected = nn.functional.interpolate(maps, size=size, mode="bicubic").permute(0, 2, 3, 1)
+    image = (8 * size[0], 8 * size[1])
+    deit = MixerDeiT("inline", 16, 2, depth=1, patch_size=8, img_size=image)
+    token = torch.randn(1, 1, 16)
+    fitted = filter_of(deit)({"cls_token": token, "pos_embed": positions}, deit)
+    torch.testing.assert_close(fitted["pos_embed"], expected)
+    torch.testing.assert_close(fitted["prefix_tokens"], token + positions[:, :1])
+    pvt = MixerPVT("inline", (1, 1), (8, 16), (1, 2), mlp_ratios=(2, 2), img_size=image, **TWO_STAGES)
+    fitted = filter_of(pvt)({"pos_embed2": positions[:, 1:]}, pvt)
+    torch.testing.assert_close(fitted["stages.1.downsample.position"], expected)
 
 
 def test_class_token_at_any_size_and_unfit_mixers() -> None:
