@@ -31,6 +31,7 @@ def test_hosts_take_any_size_on_one_instance(mixer: str) -> None:
     hosts: list[nn.Module] = [
         MixerSwin(mixer, (1, 1, 0, 0), window_size=3, **SMALL_SWIN),
         MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=96),
+        MixerPVT2(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=96),
     ]
     if mixer in BARE_MIXERS:
         hosts.append(MixerCSWin(mixer, (1, 0, 1, 0), stripes=(1, 2, 4), **SMALL_SWIN | {"num_heads": (2, 2, 2, 4)}))
@@ -225,6 +226,20 @@ def test_sizes_of_nothing() -> None:
         MixerDeiT("inline", 0, 2)
     with pytest.raises(ValueError, match="sr_ratios must be at least 1, got -1"):
         MixerPVT("inline", (1, 1, 1, 1), sr_ratios=(8, -1, 2, 1))
+
+
+def test_hosts_hand_options_to_the_mixer() -> None:
+    options = {"mixer": "agent", "mixer_options": [{"agents": number} for number in (1, 4, 9, 16)]}
+    stages = {"depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
+    hosts: list[Any] = [
+        MixerSwin(mixer_blocks=(1, 1, 1, 1), embed_dim=8, **stages, **options),
+        MixerCSWin(mixer_blocks=(1, 1, 1, 1), embed_dim=8, **stages, **options),
+        MixerPVT(dims=(8, 16, 16, 24), **stages, **options),
+        MixerPVT2(dims=(8, 16, 16, 24), **stages, **options),
+    ]
+    for host in hosts:
+        tables = [value for name, value in host.named_parameters() if name.endswith(".an_bias")]
+        assert [table.shape[1] for table in tables] == [1, 4, 9, 16]
 
 
 def test_agents_form_a_square() -> None:
