@@ -17,7 +17,7 @@ from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
-from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features
+from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features, polar_features
 from subquad.backbones.weights import filter_of
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -279,6 +279,30 @@ def test_scripted_cswin(mixer: str) -> None:
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.parametrize("host", ["deit", "pvt_v2"])
+def test_hosts_without_a_test_model_are_scripted_and_exported(host: str) -> None:
+    """The other hosts have models ``test_*``, over which timm's own tests run."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if host == "deit":
+        model = MixerDeiT("agent", 16, 2, depth=2, patch_size=8, img_size=64, agents=(9, None), num_classes=3)
+    else:
+        model = MixerPVT2("polaformer", (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2))
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    axes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(axes,)).module()
+    scripted = torch.jit.script(model)
+    for size in ((2, 96, 128), (1, 77, 101), (3, 160, 64)):
+        x = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(program(x), expected)
+            torch.testing.assert_close(scripted(x), expected)
+
+
 def test_detectors_pool_to_more_agents() -> None:
     """The tables stay those of the classifier, whose checkpoint loads; as many as they are for is no change."""
     options = SMALL_SWIN | {"mixer": "agent", "mixer_blocks": (1, 1, 0, 0), "window_size": 3}
@@ -300,6 +324,17 @@ def test_focusing_survives_small_and_large_features(scale: float) -> None:
     exact = focused_features(q.half().double(), k.half().double(), torch.zeros(1, 3, 8), torch.zeros(8).double(), 3)
     for mine, expected in zip(features, exact, strict=True):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_powers_of_nothing_have_gradients() -> None:
+    """0 ** p, with a gradient to both, where a channel of a query or a key is 0 or of the other sign."""
+    q, k, position = torch.zeros(1, 3, 2, 8), -torch.rand(1, 3, 2, 8), torch.zeros(1, 3, 2, 8)
+    leaves = [q, k, position, torch.zeros(16), torch.zeros(2, 8)]  # the last two are scale and power
+    features = polar_features(*(leaf.requires_grad_() for leaf in leaves))
+    torch.stack(features).sum().backward()
+    assert all(feature.isfinite().all() for feature in features)
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    assert not features[0].any() and features[2][..., 8:].all()
 
 
 def test_dynamic_convolution_is_a_grouped_one() -> None:
