@@ -17,7 +17,7 @@ from subquad.backbones.hosts.deit import MixerDeiT
 from subquad.backbones.hosts.pvt import MixerPVT
 from subquad.backbones.hosts.pvt_v2 import MixerPVT2
 from subquad.backbones.hosts.swin import MixerSwin, checkpoint_filter_fn
-from subquad.backbones.mixers import BARE_MIXERS, MIXERS, dynamic_conv, focused_features, polar_features
+from subquad.backbones.mixers import BARE_MIXERS, MIXERS, PREFIX_MIXERS, dynamic_conv, focused_features, polar_features
 from subquad.backbones.weights import filter_of
 
 mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -76,19 +76,35 @@ def test_exported_windows_take_other_sizes() -> None:
             torch.testing.assert_close(program(x), model(x))
 
 
-@mixers
-def test_one_instance_from_224_to_detection_size(mixer: str) -> None:
+PVT: dict[str, Any] = {"dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 2), "mlp_ratios": (2, 2, 2, 2)}
+SWIN: dict[str, Any] = {"num_heads": (2, 2, 2, 4), "embed_dim": 8, "mlp_ratio": 2}
+HOSTS: dict[str, Callable[[str], nn.Module]] = {
+    "swin": lambda mixer: MixerSwin(mixer, (1, 1, 1, 0), (1, 1, 1, 1), **SWIN),
+    "pvt": lambda mixer: MixerPVT(mixer, (1, 1, 1, 1), **PVT),
+    "pvt_v2": lambda mixer: MixerPVT2(mixer, (1, 1, 1, 1), **PVT),
+    "cswin": lambda mixer: MixerCSWin(mixer, (1, 1, 0, 0), (1, 1, 1, 1), **SWIN),
+    "deit": lambda mixer: MixerDeiT(mixer, 8, 2, depth=1, class_token=mixer in PREFIX_MIXERS),
+}
+"""Made for 224 px."""
+
+
+@pytest.mark.parametrize(
+    ("host", "mixer"),
+    [(host, mixer) for host in HOSTS for mixer in (BARE_MIXERS if host == "cswin" else MIXERS)],
+)
+def test_one_instance_from_224_to_detection_size(host: str, mixer: str) -> None:
     """Nothing of one size is left when the next comes."""
     torch.manual_seed(0)
-    host = MixerPVT(mixer, (1, 1, 1, 1), (8, 16, 16, 24), (1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=224).eval()
+    model: Any = HOSTS[host](mixer).eval()
+    reductions = [16] if host == "deit" else [4, 8, 16, 32]
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        first = host(image)
+        first = model(image)
         for height, width in ((384, 512), (800, 1333)):
-            maps = host.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
-            assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in (4, 8, 16, 32)]
+            maps = model.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
+            assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // r), -(-width // r)) for r in reductions]
             assert all(x.isfinite().all() for x in maps)
-        assert torch.equal(host(image), first)
+        assert torch.equal(model(image), first)
 
 
 @pytest.mark.parametrize("mixer", ["flatten", "polaformer", "slab"])
