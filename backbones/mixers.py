@@ -7,12 +7,15 @@
     slab        simplified linear attention, arXiv 2405.11582, https://github.com/xinghaochen/SLAB
 
 A mixer is called with tokens (B, N, dim), of a map in row-major order, and the size of that map, as timm's attention of
-PVT v2 is. Its tables, made for ``resolution``, are resampled for the map at hand. Made with ``bare=True``, for a host
-that has the projections, it is called with queries, keys and values in one, (B, N, 3 dim), and does not project.
+PVT v2 is. Its tables, made for ``resolution``, are resampled for the map at hand; ``size_bound`` names them, each with
+the mode of ``torch.nn.functional.interpolate`` that fits those of a checkpoint to another ``resolution``. Made with
+``bare=True``, for a host that has the projections, it is called with queries, keys and values in one, (B, N, 3 dim),
+and does not project.
 """
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +60,8 @@ class PositionedMixer(nn.Module):
         parts: how many times dim channels are projected: q, k, v and what else the mixer needs.
         bare: without projections.
     """
+
+    size_bound = (("position", "bicubic"),)
 
     def __init__(
         self,
@@ -227,6 +232,8 @@ class InjectiveAttention(nn.Module):
         bare: without projections; then the mean token has to be given.
     """
 
+    size_bound = ()
+
     def __init__(
         self,
         dim: int,
@@ -332,6 +339,9 @@ class AgentAttention(nn.Module):
         bare: without projections, and without the local branch, which CSWin has in every block.
     """
 
+    # Linear: each has one row or column.
+    size_bound = tuple((name, "bilinear") for name in ("ah_bias", "aw_bias", "ha_bias", "wa_bias"))
+
     def __init__(
         self,
         dim: int,
@@ -434,6 +444,11 @@ NAMES: list[tuple[str, str | None]] = [
 """Official names of mixers to ours."""
 
 
+_RESAMPLED: dict[str, str] = dict(
+    PositionedMixer.size_bound + InjectiveAttention.size_bound + AgentAttention.size_bound
+)
+
+
 def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of mixers, under our names, in our shapes: joint projections, tables as maps of the right size."""
     fitted: dict[str, Tensor] = {}
@@ -447,7 +462,7 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         elif leaf.startswith("kv.") and name not in expected and joint in expected:
             continue
         elif leaf == "position" and name in expected:
-            fitted[name] = fit_position(value, expected[name])
+            fitted[name] = fit_position(value, expected[name], _RESAMPLED[leaf])
         elif leaf.endswith("_bias") and name in expected:
             fitted[name] = fit_agent_bias(leaf, value, expected[name])
         elif leaf in ("scale", "power") and name in expected and value.numel() == expected[name].numel():
@@ -458,24 +473,25 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
 
 
 def fit_agent_bias(name: str, value: Tensor, expected: Tensor) -> Tensor:
-    """A bias of agents in our order of axes, (heads, agents, ...), linearly resampled along rows or columns."""
+    """A bias of agents in our order of axes, (heads, agents, ...), resampled if it is bound to a size."""
     if value.dim() == 5 and name in ("ha_bias", "wa_bias"):
         value = value.squeeze(0).movedim(-1, 1)  # (heads, H, 1, agents)
     elif name == "ca_bias" and value.dim() == 4:
         value = value.squeeze(0).movedim(-1, 1)
     elif value.dim() == expected.dim() + 1:
         value = value.squeeze(0)
-    if value.dim() == 4 and value.shape[:2] == expected.shape[:2] and value.shape != expected.shape:
-        value = F.interpolate(value, size=expected.shape[2:], mode="bilinear")
+    if name in _RESAMPLED and value.shape[:2] == expected.shape[:2] and value.shape != expected.shape:
+        value = F.interpolate(value, size=expected.shape[2:], mode=_RESAMPLED[name])
     return value
 
 
-def fit_position(value: Tensor, expected: Tensor) -> Tensor:
+def fit_position(value: Tensor, expected: Tensor, mode: str = "bicubic") -> Tensor:
     """A table (1, N, C) of a square or of the expected map as (1, H, W, C) of the expected size."""
     height, width = expected.shape[1:3]
-    if value.dim() == 3 and value.shape[1] == height * width:
-        return value.unflatten(1, (height, width))
-    if value.dim() == 3:
-        side = int(value.shape[1] ** 0.5)
-        value = value.unflatten(1, (side, side)) if side * side == value.shape[1] else value
-    return resample_position(value, height, width) if value.dim() == 4 else value
+    side = math.isqrt(value.shape[1])
+    if value.dim() == 3 and side * side == value.shape[1]:
+        # Whatever the map: 14 x 14 positions are not those of 28 x 7, and released tables are square.
+        value = value.unflatten(1, (side, side))
+    elif value.dim() == 3 and value.shape[1] == height * width:
+        value = value.unflatten(1, (height, width))
+    return resample_position(value, height, width, mode) if value.dim() == 4 else value

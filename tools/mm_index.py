@@ -27,6 +27,8 @@ Made by `python -m subquad.tools.mm_index`; a test compares it with the configs.
 
 * AP and mIoU (single scale / multi-scale) are what the authors report for training with the config, in the source
   that it names; they were not measured again here. Examples without a result have none.
+* There are none for FLatten, InLine, NaLaFormer, PolaFormer and ViG, whose authors released no settings for detection
+  and segmentation, and not yet for MAViT and SLAB, of whose settings no result is confirmed.
 * Parameters are those of the whole detector or segmentor, auxiliary heads included.
 * GFLOPs count a multiplication with its addition as one, as papers do, in inference on an image of {sizes},
   with {proposals:,} proposals and {masks} masks in a two-stage detector.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
 from subquad.backbones.layers import crop_to
-from subquad.backbones.mixers import projections
+from subquad.backbones.mixers import check_mixer, projections
 
 
 @register_notrace_function
@@ -115,6 +115,7 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, bare: bool = False, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        check_mixer(dim, num_heads)
         self.num_heads = num_heads
         self.qkv, self.proj = projections(dim, 3, bare, device=device, dtype=dtype)
 
@@ -125,9 +126,22 @@ class SoftmaxAttention(nn.Module):
 
 
 def map_size(img_size: int | tuple[int, int], reduction: int) -> tuple[int, int]:
-    """Height and width, at least 1, of the map whose pixels are ``reduction`` pixels of an image wide."""
+    """Height and width, at least 1, of the map whose pixels are ``reduction`` pixels of an image wide.
+
+    Raises:
+        ValueError: for an image without pixels.
+    """
     height, width = to_2tuple(img_size)
+    if height < 1 or width < 1:
+        raise ValueError(f"img_size must be positive, got {img_size}")
     return max(1, height // reduction), max(1, width // reduction)
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError, naming the option, unless each is at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_mixer_blocks(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Isotropic
-from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock, map_size
+from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.layers import PatchEmbed, in_turn
 from subquad.backbones.mixers import PREFIX_MIXERS, find_mixer
@@ -69,6 +69,9 @@ class MixerDeiT(Isotropic):
     ) -> None:
         if agents is not None and len(agents) != depth:
             raise ValueError(f"agents must have one entry for each of {depth} blocks, got {tuple(agents)}")
+        if agents is not None and mixer != "agent":
+            raise ValueError(f"agents are for the mixer 'agent', got mixer={mixer!r}")
+        check_positive(dim=dim, depth=depth, patch_size=patch_size)
         height, width = map_size(img_size, patch_size)
         attention = partial(_find_mixer(mixer, class_token), num_heads=num_heads, resolution=(height, width))
         softmax = partial(SoftmaxAttention, num_heads=num_heads)

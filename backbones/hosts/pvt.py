@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Pyramid, StageSpec, resample_position
-from subquad.backbones.hosts.blocks import MixerBlock, map_size
+from subquad.backbones.hosts.blocks import MixerBlock, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.layers import PatchEmbed, check_heads, check_per_stage
 from subquad.backbones.mixers import find_mixer, fit_position
@@ -109,6 +109,7 @@ class MixerPVT(Pyramid):
         check_heads(depths, dims, num_heads)
         check_per_stage(depths, mlp_ratios=mlp_ratios, mixer_stages=mixer_stages, sr_ratios=sr_ratios)
         check_per_stage(depths, mixer_options=mixer_options)
+        check_positive(sr_ratios=min(sr_ratios))
         make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
         # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
         other_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm

@@ -62,6 +62,7 @@ class MixerPVT2(Pyramid):
 
     Args:
         mixer: one of ``MIXERS``.
+        mixer_options: further arguments of the mixer, for each stage.
         depths, dims, num_heads, mlp_ratios: blocks, channels, heads and relative width of the MLP of each stage.
         img_size: size (or height and width) that position tables are made for; others run too.
         norm, norm_steps: of every norm, see ``prepbn.find_norm``.
@@ -84,6 +85,7 @@ class MixerPVT2(Pyramid):
         *,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         img_size: int | tuple[int, int] = 224,
+        mixer_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
         norm: str = "layer",
         norm_steps: int = 300000,
         in_chans: int = 3,
@@ -92,7 +94,7 @@ class MixerPVT2(Pyramid):
         **pyramid: Any,
     ) -> None:
         check_heads(depths, dims, num_heads)
-        check_per_stage(depths, mlp_ratios=mlp_ratios)
+        check_per_stage(depths, mlp_ratios=mlp_ratios, mixer_options=mixer_options)
         make_mixer, block_norm = find_mixer(mixer), find_norm(norm, 1e-6, norm_steps)
         # Elsewhere PVT's layer norms have the default eps; those that hand over to a batch norm do not.
         patch_norm = find_norm(norm, 1e-5, norm_steps) if norm == "layer" else block_norm
@@ -101,7 +103,7 @@ class MixerPVT2(Pyramid):
             resolution = map_size(img_size, 4 * 2**i)
             block = partial(
                 MixerBlock,
-                mixer=partial(make_mixer, num_heads=heads, resolution=resolution),
+                mixer=partial(make_mixer, **mixer_options[i], num_heads=heads, resolution=resolution),
                 mlp=DepthwiseMlp,
                 mlp_ratio=mlp_ratios[i],
                 norm=block_norm,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import mixers
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.hosts.blocks import MixerBlock, check_mixer_blocks, map_size
+from subquad.backbones.hosts.blocks import MixerBlock, check_mixer_blocks, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
 from subquad.backbones.layers import PatchEmbed, PatchMerging, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
@@ -76,6 +76,7 @@ class MixerSwin(Pyramid):
         dims = [embed_dim * 2**i for i in range(len(depths))]
         check_heads(depths, dims, num_heads)
         check_mixer_blocks(depths, mixer_blocks, mixer_options)
+        check_positive(window_size=window_size, patch_size=patch_size)
         make_mixer, make_norm = find_mixer(mixer), find_norm(norm, 1e-5, norm_steps)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):

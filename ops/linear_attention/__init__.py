@@ -39,6 +39,7 @@ queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,16 +86,17 @@ def linear_attention(
         feature_map: one of ``FEATURE_MAPS``, applied to q and k.
         rotary: (cos, sin), each (N, 1, D / 2) for all heads alike or (N, H, D / 2); for M = N only.
         q_content, k_content: content features of q's and k's shape, used as they are, in place of rotated ones.
-        scale: s.
-        eps: what keeps a division finite; not negative.
+        scale: s, positive where a normaliser divides by z.
+        eps: what keeps a division finite; not negative, and 0 only for features of which none is 0.
 
     Returns:
         (B, M, H, E) in the inputs' dtype (under autocast in the dtype that they are cast to), contiguous.
 
     Raises:
         TypeError: for a non-tensor or a dtype that is not supported or not shared.
-        ValueError: for shapes, devices or options that do not fit, naming the argument, and for negative features
-            under a normaliser that divides by their products (on a CPU; on a GPU the check would wait for it).
+        ValueError: for shapes, devices or options that do not fit, naming the argument, and for features that are
+            negative, or with eps = 0 not positive, under a normaliser that divides by their products (on a CPU; on a
+            GPU the check would wait for it).
     """
     call = prepare(
         q,
@@ -129,7 +131,7 @@ def prepare(
     eps: float = 1e-6,
 ) -> AttentionCall:
     """Check the public arguments and bring them to canonical form; see ``linear_attention``."""
-    _check_options(normalizer, feature_map, eps)
+    _check_options(normalizer, feature_map, scale, eps)
     given = {"q": q, "k": k, "v": v, "q_content": q_content, "k_content": k_content}
     for name, value in given.items():
         if value is not None or len(name) == 1:
@@ -149,13 +151,22 @@ def prepare(
     return AttentionCall(q, k, v, q_content, k_content, cos, sin, normalizer, feature_map, float(scale), float(eps))
 
 
-def _check_options(normalizer: str, feature_map: str, eps: float) -> None:
+def _check_options(normalizer: str, feature_map: str, scale: float, eps: float) -> None:
     if normalizer not in NORMALIZERS:
         raise ValueError(f"{_OP}: unknown normalizer {normalizer!r}, expected one of {list(NORMALIZERS)}")
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"{_OP}: unknown feature_map {feature_map!r}, expected one of {list(FEATURE_MAPS)}")
-    if not eps >= 0:
-        raise ValueError(f"{_OP}: eps must not be negative, got {eps}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{_OP}: eps must be finite and not negative, got {eps}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    if normalizer in ("divide", "magnitude", "clamp") and scale <= 0:
+        raise ValueError(
+            f"{_OP}: the normalizer {normalizer!r} divides by z, which takes the sign of scale: it must be positive, "
+            f"got {scale}"
+        )
+    if normalizer in NEEDS_POSITIVE_FEATURES and feature_map == "relu" and eps == 0:
+        raise ValueError(f"{_OP}: the normalizer {normalizer!r} needs eps above 0 for 'relu', whose features may be 0")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, q_content: Tensor | None, k_content: Tensor | None) -> None:
@@ -206,10 +217,11 @@ def _check_features(call: AttentionCall) -> None:
     if call.normalizer not in NEEDS_POSITIVE_FEATURES or call.feature_map != "identity" or call.q.device.type != "cpu":
         return
     for name, value in (("q", call.q), ("k", call.k)):
-        if value.numel() and (smallest := value.min().item()) < 0:
+        if value.numel() and ((smallest := value.min().item()) < 0 or smallest == call.eps == 0):
+            needed = "not be negative" if call.eps > 0 else "be positive with eps = 0"
             raise ValueError(
-                f"{_OP}: the normalizer {call.normalizer!r} divides by sums of products of features, which must not be "
-                f"negative, but {name} has {smallest:.3g}; apply a feature_map or take another normalizer"
+                f"{_OP}: the normalizer {call.normalizer!r} divides by sums of products of features, which must "
+                f"{needed}, but {name} has {smallest:.3g}; apply a feature_map or take another normalizer"
             )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
+from subquad.backbones.nalaformer import norm_aware_features
 
 FAMILIES = ["ravlt", "mavit", "nalaformer"]
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -74,3 +75,22 @@ def test_averaged_weights_are_there_on_request(family: str) -> None:
     assert weights.wrapper_for(model, checkpoint) == "model"
     assert weights.wrapper_for(model, checkpoint, "model_ema") == "model_ema"
     assert weights.wrapper_for(model, {"model_ema": checkpoint["model_ema"]}) == "model_ema"
+
+
+def test_queries_without_a_direction() -> None:
+    """The official code divides 0 by 0 there, in its forward pass."""
+    q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8)
+    q[:, 1] = 0
+    q[:, 2] *= 1e-15  # whose square float32 holds barely
+    queries, keys = norm_aware_features(q.requires_grad_(), k.requires_grad_())
+    (queries.sum() + keys.sum()).backward()
+    assert not queries[:, 1].any()
+    exact, _ = norm_aware_features(q.detach().double(), k.detach().double())
+    torch.testing.assert_close(queries.double(), exact, rtol=1e-5, atol=1e-7)
+    assert q.grad is not None and q.grad.isfinite().all()
+
+
+def test_keys_beyond_the_range_of_float16() -> None:
+    """41 to the third power is."""
+    _, keys = norm_aware_features(torch.ones(1, 1, 1, 4).half(), torch.full((1, 1, 1, 4), -100.0).half())
+    assert keys.dtype == torch.float32 and torch.equal(keys[..., 4:], torch.full((1, 1, 1, 4), 1e6))

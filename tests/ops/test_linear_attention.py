@@ -411,8 +411,27 @@ BAD: dict[str, tuple[Any, ...]] = {
     "k_device": (lambda a: {"k": a["k"].to("meta")}, ValueError, ("k is on meta", "cpu")),
     "normalizer": (lambda _: {"normalizer": "softmax"}, ValueError, ("unknown normalizer 'softmax'", "'magnitude'")),
     "feature_map": (lambda _: {"feature_map": "elu"}, ValueError, ("unknown feature_map 'elu'", "'elu1'")),
-    "eps": (lambda _: {"eps": -1.0}, ValueError, ("eps must not be negative, got -1.0",)),
-    "eps_nan": (lambda _: {"eps": float("nan")}, ValueError, ("eps must not be negative, got nan",)),
+    "eps": (lambda _: {"eps": -1.0}, ValueError, ("eps must be finite and not negative, got -1.0",)),
+    "eps_nan": (lambda _: {"eps": float("nan")}, ValueError, ("eps must be finite and not negative, got nan",)),
+    "eps_infinite": (lambda _: {"eps": float("inf")}, ValueError, ("eps must be finite", "got inf")),
+    "scale_nan": (lambda _: {"scale": float("nan")}, ValueError, ("scale must be finite, got nan",)),
+    "scale_infinite": (lambda _: {"scale": float("inf")}, ValueError, ("scale must be finite, got inf",)),
+    "scale_negative": (
+        lambda _: {"normalizer": "magnitude", "scale": -0.5},
+        ValueError,
+        ("'magnitude' divides by z, which takes the sign of scale: it must be positive, got -0.5",),
+    ),
+    "scale_zero": (lambda _: {"scale": 0.0}, ValueError, ("'divide' divides by z", "it must be positive, got 0.0")),
+    "relu_without_eps": (
+        lambda _: {"feature_map": "relu", "normalizer": "clamp", "eps": 0.0},
+        ValueError,
+        ("'clamp' needs eps above 0 for 'relu'",),
+    ),
+    "zero_features_without_eps": (
+        lambda a: {"feature_map": "identity", "eps": 0.0, "q": torch.zeros_like(a["q"]), "k": a["k"].abs()},
+        ValueError,
+        ("'divide' divides by sums of products", "must be positive with eps = 0, but q has 0"),
+    ),
     "negative_features": (
         lambda _: {"feature_map": "identity"},
         ValueError,
@@ -434,3 +453,9 @@ def test_bad_arguments(bad: tuple[Any, ...], assert_refuses: Any) -> None:
 def test_negative_features_are_refused_by_the_reference_too() -> None:
     with ops.use_backend("reference"), pytest.raises(ValueError, match="must not be negative"):
         linear_attention(**_inputs() | {"feature_map": "identity"})
+
+
+@pytest.mark.parametrize("normalizer", ["subtract", "none"])
+def test_normalizers_that_do_not_divide_take_any_features_and_scale(normalizer: str) -> None:
+    options = {"feature_map": "identity", "normalizer": normalizer, "scale": -0.5, "eps": 0.0}
+    assert linear_attention(**_inputs() | options).isfinite().all()
