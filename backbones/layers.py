@@ -13,25 +13,25 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, StageSpec, resample_position
+from subquad.backbones.images import check_image_size, check_map_size
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
 from subquad.ops.maps import crop
 from subquad.ops.selective_scan import ROUTES
 
 
 def position_map(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embedding (1, N, C) of an official file as a map (1, height, width, C), resampled if need be.
+    """Position embedding, (1, N, C) of an official file or a map, as a map (1, height, width, C), resampled if need be.
 
-    N positions that are neither as many as the map's nor those of a square are left for the loader to report, as is a
-    map that is one already.
+    N positions of a square are taken for that square's, as official files have them, even if the map has as many. Those
+    of no square must be as many as the map's; others are left for the loader to report.
     """
-    if positions.dim() != 3:
-        return positions
-    side = math.isqrt(positions.shape[1])
-    if positions.shape[1] == height * width:
-        positions = positions.unflatten(1, (height, width))
-    elif side * side == positions.shape[1]:
-        positions = resample_position(positions.unflatten(1, (side, side)), height, width)
-    return positions
+    if positions.dim() == 3:
+        side = math.isqrt(positions.shape[1])
+        if side * side == positions.shape[1]:
+            positions = positions.unflatten(1, (side, side))
+        elif positions.shape[1] == height * width:
+            positions = positions.unflatten(1, (height, width))
+    return resample_position(positions, height, width) if positions.dim() == 4 else positions
 
 
 # Scans -----------------------------------------------------------------------------------------------------------
@@ -364,7 +364,11 @@ def check_per_stage(depths: Sequence[int], **options: Sequence[Any]) -> None:
 
 
 class PatchStem(nn.Module):
-    """Images (B, C, H, W) to (B, H / 4, W / 4, dim) by one convolution; pixels beyond a multiple of 4 are dropped."""
+    """Images (B, C, H, W) to (B, H / 4, W / 4, dim) by one convolution; pixels beyond a multiple of 4 are dropped.
+
+    Raises:
+        ValueError: for images of less than 4 pixels along an axis.
+    """
 
     def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
         super().__init__()
@@ -372,6 +376,7 @@ class PatchStem(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        check_image_size(x, 4)
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
 
 
@@ -392,14 +397,20 @@ class ConvStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor."""
+    """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor.
+
+    Raises:
+        ValueError: for a map that a kernel of size 2 does not fit into, as small images leave.
+    """
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
         super().__init__()
         self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
         self.norm = norm(dim, **dd)
+        self.smallest = 2 if kernel_size == 2 else 1
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map_size(x, self.smallest)
         return self.norm(self.conv(x))
 
 

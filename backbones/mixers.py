@@ -23,7 +23,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
-from subquad.backbones.layers import DepthwiseConv, attend, convolve
+from subquad.backbones.layers import DepthwiseConv, attend, convolve, position_map
 
 
 class HeadConv(nn.Conv2d):
@@ -447,7 +447,7 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         elif leaf.startswith("kv.") and name not in expected and joint in expected:
             continue
         elif leaf == "position" and name in expected:
-            fitted[name] = fit_position(value, expected[name])
+            fitted[name] = position_map(value, *expected[name].shape[1:3])
         elif leaf.endswith("_bias") and name in expected:
             fitted[name] = fit_agent_bias(leaf, value, expected[name])
         elif leaf in ("scale", "power") and name in expected and value.numel() == expected[name].numel():
@@ -468,14 +468,3 @@ def fit_agent_bias(name: str, value: Tensor, expected: Tensor) -> Tensor:
     if value.dim() == 4 and value.shape[:2] == expected.shape[:2] and value.shape != expected.shape:
         value = F.interpolate(value, size=expected.shape[2:], mode="bilinear")
     return value
-
-
-def fit_position(value: Tensor, expected: Tensor) -> Tensor:
-    """A table (1, N, C) of a square or of the expected map as (1, H, W, C) of the expected size."""
-    height, width = expected.shape[1:3]
-    if value.dim() == 3 and value.shape[1] == height * width:
-        return value.unflatten(1, (height, width))
-    if value.dim() == 3:
-        side = int(value.shape[1] ** 0.5)
-        value = value.unflatten(1, (side, side)) if side * side == value.shape[1] else value
-    return resample_position(value, height, width) if value.dim() == 4 else value

@@ -322,7 +322,7 @@ _ISOTROPIC_NAMES: list[tuple[str, str | None]] = [
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
-    """An official checkpoint under our names, its position embedding resampled for the model's grid; ours unchanged.
+    """An official checkpoint under our names, or ours; a position embedding is resampled for the model's grid.
 
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).

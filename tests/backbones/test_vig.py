@@ -80,6 +80,8 @@ def test_positions_of_another_size_are_resampled() -> None:
     expected = F.interpolate(official.unflatten(1, (6, 6)).permute(0, 3, 1, 2), size=(3, 5), mode="bicubic")
     filtered = checkpoint_filter_fn({"pos_embed": official}, model)["pos_embed"]
     torch.testing.assert_close(filtered, expected.permute(0, 2, 3, 1))
+    ours = checkpoint_filter_fn({"pos_embed": official.unflatten(1, (6, 6))}, model)["pos_embed"]
+    torch.testing.assert_close(ours, filtered)
     assert checkpoint_filter_fn({"pos_embed": official[:, :15]}, model)["pos_embed"].shape == (1, 3, 5, 32)
     assert checkpoint_filter_fn({"pos_embed": official[:, :8]}, model)["pos_embed"].shape == (1, 8, 32)
 
