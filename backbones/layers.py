@@ -356,8 +356,9 @@ def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[
 def check_per_stage(depths: Sequence[int], **options: Sequence[Any]) -> None:
     """Raises ValueError, naming the option, unless each has one entry a stage."""
     for name, values in options.items():
-        if len(values) != len(depths):
-            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
+        if not isinstance(values, Sequence) or len(values) != len(depths):
+            given = tuple(values) if isinstance(values, Sequence) else values
+            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {given}")
 
 
 # Stems and downsampling of VMamba's frame ------------------------------------------------------------------------

@@ -186,7 +186,8 @@ class Vim(Isotropic):
         in_chans, device, dtype, isotropic: arguments of ``Isotropic``.
 
     Raises:
-        ValueError: for a size or option that cannot be built; for images smaller than a patch.
+        ValueError: for a size or option that cannot be built; for images smaller than a patch, or with fewer patches
+            than stand in front of the class token.
         TypeError: for an unknown argument.
     """
 

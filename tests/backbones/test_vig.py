@@ -126,7 +126,9 @@ def test_isotropic_options_that_cannot_be_built(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_heads": (1,)}, {"num_heads": (1, 5)}, {"depths": (1, 0)}, {"in_chans": 0}], ids=str
+    "options",
+    [{"num_heads": (1,)}, {"num_heads": 2}, {"num_heads": (1, 5)}, {"depths": (1, 0)}, {"in_chans": 0}],
+    ids=str,
 )
 def test_hierarchical_options_that_cannot_be_built(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}.* got"):
