@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Isotropic, Pyramid
+from subquad.backbones.frame import FRAME_NAMES, frame
 from subquad.backbones.images import check_image_size
 from subquad.backbones.layers import (
-    FRAME_NAMES,
     DepthwiseConv,
     MapConv2d,
     check_per_stage,
-    frame,
     position_map,
     stage_dims,
 )
