@@ -150,6 +150,20 @@ def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | st
         raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
 
 
+@register_notrace_function
+def input_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """What ``InputLayerNorm`` computes: in eager mode, in TorchScript and as a leaf of torch.fx."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if torch.jit.is_scripting():
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    else:  # TorchScript leaves out branches, not what stands behind them
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+        with torch.autocast(kind, enabled=False):
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
 class InputLayerNorm(nn.LayerNorm):
     """LayerNorm in the dtype of its input, whatever that of its weights, also under autocast.
 
@@ -158,17 +172,7 @@ class InputLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._norm(x)
-        else:  # TorchScript leaves out branches, not what stands behind them
-            kind = x.device.type
-            if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-                return self._norm(x)
-            with torch.autocast(kind, enabled=False):
-                return self._norm(x)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return input_layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class MapConv2d(nn.Conv2d):
