@@ -1,4 +1,4 @@
-"""The check of a model's input, in a form that TorchScript compiles and FX keeps as one node."""
+"""Checks of what a model is given, in a form that TorchScript compiles and FX keeps as one node."""
 
 from __future__ import annotations
 
@@ -31,5 +31,20 @@ def check_image_size(x: torch.Tensor, smallest: int) -> None:
         raise ValueError(
             "expected images of at least {} x {} pixels, got {} x {}".format(  # noqa: UP032
                 smallest, smallest, x.shape[2], x.shape[3]
+            )
+        )
+
+
+@register_notrace_function
+def check_map_size(x: torch.Tensor, smallest: int) -> None:
+    """Refuse maps (B, H, W, C) that a downsampling without padding has no pixel for.
+
+    Raises:
+        ValueError: naming the given and the smallest height and width.
+    """
+    if x.shape[1] < smallest or x.shape[2] < smallest:
+        raise ValueError(
+            "the images are too small: a map of {} x {} pixels is left, expected at least {} x {}".format(  # noqa: UP032
+                x.shape[1], x.shape[2], smallest, smallest
             )
         )

@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,26 +11,26 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from subquad.backbones.base import Factory, StageSpec, resample_position
+from subquad.backbones.base import Factory, resample_position
+from subquad.backbones.images import check_map_size
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
 from subquad.ops.maps import crop
 from subquad.ops.selective_scan import ROUTES
 
 
-def position_map(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embedding (1, N, C) of an official file as a map (1, height, width, C), resampled if need be.
+def position_map(positions: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Position embedding, (1, N, C) of an official file or a map, as a map (1, height, width, C), resampled if need be.
 
-    N positions that are neither as many as the map's nor those of a square are left for the loader to report, as is a
-    map that is one already.
+    N positions of a square are taken for that square's, as official files have them, even if the map has as many. Those
+    of no square must be as many as the map's; others are left for the loader to report.
     """
-    if positions.dim() != 3:
-        return positions
-    side = math.isqrt(positions.shape[1])
-    if positions.shape[1] == height * width:
-        positions = positions.unflatten(1, (height, width))
-    elif side * side == positions.shape[1]:
-        positions = resample_position(positions.unflatten(1, (side, side)), height, width)
-    return positions
+    if positions.dim() == 3:
+        side = math.isqrt(positions.shape[1])
+        if side * side == positions.shape[1]:
+            positions = positions.unflatten(1, (side, side))
+        elif positions.shape[1] == height * width:
+            positions = positions.unflatten(1, (height, width))
+    return resample_position(positions, height, width, mode) if positions.dim() == 4 else positions
 
 
 # Scans -----------------------------------------------------------------------------------------------------------
@@ -154,6 +153,20 @@ def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | st
         raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
 
 
+@register_notrace_function
+def input_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """What ``InputLayerNorm`` computes: in eager mode, in TorchScript and as a leaf of torch.fx."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if torch.jit.is_scripting():
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    else:  # TorchScript leaves out branches, not what stands behind them
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+        with torch.autocast(kind, enabled=False):
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
 class InputLayerNorm(nn.LayerNorm):
     """LayerNorm in the dtype of its input, whatever that of its weights, also under autocast.
 
@@ -162,17 +175,7 @@ class InputLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._norm(x)
-        else:  # TorchScript leaves out branches, not what stands behind them
-            kind = x.device.type
-            if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-                return self._norm(x)
-            with torch.autocast(kind, enabled=False):
-                return self._norm(x)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return input_layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class MapConv2d(nn.Conv2d):
@@ -359,50 +362,41 @@ def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[
 def check_per_stage(depths: Sequence[int], **options: Sequence[Any]) -> None:
     """Raises ValueError, naming the option, unless each has one entry a stage."""
     for name, values in options.items():
-        if len(values) != len(depths):
-            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {tuple(values)}")
+        if not isinstance(values, Sequence) or len(values) != len(depths):
+            given = tuple(values) if isinstance(values, Sequence) else values
+            raise ValueError(f"{name} must have one entry for each of {len(depths)} stages, got {given}")
 
 
-# Stems and downsampling of VMamba's frame ------------------------------------------------------------------------
+def stage_dims(depths: Sequence[int], dims: int | Sequence[int]) -> list[int]:
+    """Channels of each stage, doubling from stage to stage if only the first is given.
+
+    Raises:
+        ValueError: if depths and channels are not positive or not of one length.
+    """
+    every = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+    if len(every) != len(depths) or not depths or min(depths) < 1 or min(every) < 2:
+        raise ValueError(f"depths and dims must be positive and of one length, got depths={depths}, dims={every}")
+    return every
 
 
-class PatchStem(nn.Module):
-    """Images (B, C, H, W) to (B, H / 4, W / 4, dim) by one convolution; pixels beyond a multiple of 4 are dropped."""
-
-    def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
-
-
-class ConvStem(nn.Module):
-    """Images (B, C, H, W) to (B, ceil(ceil(H / 2) / 2), likewise W, dim) by two convolutions."""
-
-    def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd) if norm else nn.Identity()
-        self.act = nn.GELU()
-        self.conv2 = MapConv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x))
+# Downsampling ----------------------------------------------------------------------------------------------------
 
 
 class ConvDownsample(nn.Module):
-    """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor."""
+    """Convolution of stride 2, norm: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim); kernel size 2: floor.
+
+    Raises:
+        ValueError: for a map that a kernel of size 2 does not fit into, as small images leave.
+    """
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
         super().__init__()
         self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
         self.norm = norm(dim, **dd)
+        self.smallest = 2 if kernel_size == 2 else 1
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map_size(x, self.smallest)
         return self.norm(self.conv(x))
 
 
@@ -419,115 +413,3 @@ class PatchMerging(nn.Module):
         x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
         x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)
-
-
-STEMS = {"conv": ConvStem, "patch": PatchStem}
-"""Upstream's patch embeddings v2 and v1."""
-
-DOWNSAMPLES: dict[str, Factory] = {
-    "conv": ConvDownsample,
-    "patch": partial(ConvDownsample, kernel_size=2),
-    "merge": PatchMerging,
-}
-"""Upstream's v3, v2 and v1."""
-
-
-def stage_dims(depths: Sequence[int], dims: int | Sequence[int]) -> list[int]:
-    """Channels of each stage, doubling from stage to stage if only the first is given.
-
-    Raises:
-        ValueError: if depths and channels are not positive or not of one length.
-    """
-    every = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-    if len(every) != len(depths) or not depths or min(depths) < 1 or min(every) < 2:
-        raise ValueError(f"depths and dims must be positive and of one length, got depths={depths}, dims={every}")
-    return every
-
-
-def frame(
-    depths: Sequence[int],
-    dims: Sequence[int],
-    blocks: Sequence[Factory],
-    stem: str,
-    downsample: str,
-    patch_norm: bool,
-    in_chans: int,
-    device: Any,
-    dtype: Any,
-) -> dict[str, Any]:
-    """Arguments of ``Pyramid`` for a model in VMamba's frame: stages of 4, 8, 16, ... pixels behind a stem.
-
-    Args:
-        depths, dims, blocks: number of blocks, channels and block factory of each stage.
-        stem: one of ``STEMS``; ``patch_norm`` says whether it has norms.
-        downsample: one of ``DOWNSAMPLES``.
-
-    Raises:
-        ValueError: for an unknown stem or downsampling, or no input channels.
-    """
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}, expected one of {list(STEMS)}")
-    if downsample not in DOWNSAMPLES:
-        raise ValueError(f"unknown downsample {downsample!r}, expected one of {list(DOWNSAMPLES)}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-    stages = [
-        StageSpec(dim, depth, 4 * 2**i, block, DOWNSAMPLES[downsample] if i else None)
-        for i, (dim, depth, block) in enumerate(zip(dims, depths, blocks, strict=True))
-    ]
-    return {
-        "stem": STEMS[stem](in_chans, dims[0], patch_norm, device=device, dtype=dtype),
-        "stages": stages,
-        "norm": partial(nn.LayerNorm, eps=1e-5),
-        "in_chans": in_chans,
-        "device": device,
-        "dtype": dtype,
-    }
-
-
-# Upstream's names of a model in VMamba's frame to those of ``Pyramid``, in order; blocks keep upstream's ``op``.
-FRAME_NAMES: list[tuple[str, str | None]] = [
-    # names of January 2024
-    (r"^patch_embed\.proj\.", "patch_embed.0."),
-    (r"^patch_embed\.norm\.", "patch_embed.2."),
-    (r"\.ln_1\.", ".norm."),
-    (r"\.self_attention\.", ".op."),
-    # norms of detection backbones
-    (r"^outnorm\d+\.", None),
-    (r"^patch_embed\.0\.", "stem.conv1."),
-    (r"^patch_embed\.2\.", "stem.norm1."),
-    (r"^patch_embed\.5\.", "stem.conv2."),
-    (r"^patch_embed\.7\.", "stem.norm2."),
-    # upstream downsamples at the end of a stage
-    *((rf"^layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
-    (r"\.downsample\.1\.", ".downsample.conv."),
-    (r"\.downsample\.3\.", ".downsample.norm."),
-    (r"^layers\.", "stages."),
-    (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-    (r"(\.blocks\.\d+)\.op\.", r"\1.mixer."),
-    (r"\.mixer\.conv2d\.", ".mixer.conv."),
-    (r"\.mixer\.dt_projs_", ".mixer.dt_"),
-    (r"\.mixer\.A_logs$", ".mixer.A_log"),
-    (r"\.mixer\.Ds$", ".mixer.D"),
-    (r"^classifier\.", ""),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-
-
-def fit_scan_weights(state_dict: dict[str, Tensor], expected: dict[str, Tensor], sets: int) -> dict[str, Tensor]:
-    """Weights of a model in VMamba's frame in our shapes; what does not fit is left for the loader to report.
-
-    1x1 convolutions become matrices, (K * E, ...) becomes (K, E, ...) for ``A_log`` and ``D``, and an input projection
-    of twice the width expected splits into ``in_proj`` and ``gate_proj``.
-    """
-    ours: dict[str, Tensor] = {}
-    for name, value in state_dict.items():
-        gate = name.replace(".in_proj.", ".gate_proj.")
-        if value.dim() == 4 and value.shape[2:] == (1, 1) and expected.get(name, value).dim() == 2:
-            value = value.flatten(1)  # trained channels first
-        if name.endswith((".A_log", ".D")) and expected.get(name, value).dim() == value.dim() + 1:
-            value = value.unflatten(0, (sets, -1)) if len(value) % sets == 0 else value
-        if gate != name and gate in expected and value.shape[0] == 2 * expected[name].shape[0]:
-            value, ours[gate] = value.chunk(2)
-        ours[name] = value
-    return ours

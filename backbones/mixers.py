@@ -15,7 +15,6 @@ and does not project.
 
 # Annotations are not postponed: torch.fx copies those of forward() into code that TorchScript has to understand.
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
-from subquad.backbones.layers import DepthwiseConv, attend, convolve
+from subquad.backbones.layers import DepthwiseConv, attend, convolve, position_map
 
 
 class HeadConv(nn.Conv2d):
@@ -462,7 +461,7 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         elif leaf.startswith("kv.") and name not in expected and joint in expected:
             continue
         elif leaf == "position" and name in expected:
-            fitted[name] = fit_position(value, expected[name], _RESAMPLED[leaf])
+            fitted[name] = position_map(value, *expected[name].shape[1:3], _RESAMPLED[leaf])
         elif leaf.endswith("_bias") and name in expected:
             fitted[name] = fit_agent_bias(leaf, value, expected[name])
         elif leaf in ("scale", "power") and name in expected and value.numel() == expected[name].numel():
@@ -483,15 +482,3 @@ def fit_agent_bias(name: str, value: Tensor, expected: Tensor) -> Tensor:
     if name in _RESAMPLED and value.shape[:2] == expected.shape[:2] and value.shape != expected.shape:
         value = F.interpolate(value, size=expected.shape[2:], mode=_RESAMPLED[name])
     return value
-
-
-def fit_position(value: Tensor, expected: Tensor, mode: str = "bicubic") -> Tensor:
-    """A table (1, N, C) of a square or of the expected map as (1, H, W, C) of the expected size."""
-    height, width = expected.shape[1:3]
-    side = math.isqrt(value.shape[1])
-    if value.dim() == 3 and side * side == value.shape[1]:
-        # Whatever the map: 14 x 14 positions are not those of 28 x 7, and released tables are square.
-        value = value.unflatten(1, (side, side))
-    elif value.dim() == 3 and value.shape[1] == height * width:
-        value = value.unflatten(1, (height, width))
-    return resample_position(value, height, width, mode) if value.dim() == 4 else value

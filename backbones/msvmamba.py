@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
+from subquad.backbones.frame import FRAME_NAMES, fit_scan_weights, frame
 from subquad.backbones.layers import (
-    FRAME_NAMES,
     DepthwiseConv,
     InputLayerNorm,
     MapConv2d,
     ScanParameters,
     check_scan_sizes,
-    fit_scan_weights,
-    frame,
     scan_rank,
     scan_routes,
     stage_dims,
@@ -112,7 +110,7 @@ class MultiScaleSS2D(ScanParameters):
         return self.out_proj(y)
 
     def scan_full(self, x: Tensor) -> Tensor:
-        """Rows of (B, H, W, E) with the first set of parameters, in float32."""
+        """Rows of (B, H, W, E) with the first set of parameters; float32 for float16."""
         dt, B, C = self.project(x, 0, 1)
         y, _ = scan_routes(
             x, dt, self.A_log[:1], B, C, self.D[:1], self.dt_weight[:1], self.dt_bias[:1], self.full_route
@@ -120,7 +118,7 @@ class MultiScaleSS2D(ScanParameters):
         return self.out_norm(y) if self.norm_scans else y
 
     def scan_half(self, x: Tensor) -> Tensor:
-        """Sum of three routes through (B, H', W', E) with the second set of parameters, in float32."""
+        """Sum of three routes through (B, H', W', E) with the second set of parameters; float32 for float16."""
         dt, B, C = self.project(x, 1, 2)
         A_log, D, dt_weight, dt_bias = self.A_log[1:], self.D[1:], self.dt_weight[1:], self.dt_bias[1:]
         total: Tensor | None = None

@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Isotropic, Pyramid
+from subquad.backbones.frame import FRAME_NAMES, frame
 from subquad.backbones.images import check_image_size
-from subquad.backbones.layers import FRAME_NAMES, DepthwiseConv, MapConv2d, frame, position_map, stage_dims
+from subquad.backbones.layers import (
+    DepthwiseConv,
+    MapConv2d,
+    check_per_stage,
+    position_map,
+    stage_dims,
+)
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import gated_linear_attention
 
@@ -285,8 +292,7 @@ class HierarchicalViG(Pyramid):
         **pyramid: Any,
     ) -> None:
         dims = stage_dims(depths, dims)
-        if len(num_heads) != len(dims):
-            raise ValueError(f"num_heads must have {len(dims)} entries, one for each stage, got {tuple(num_heads)}")
+        check_per_stage(depths, num_heads=num_heads)
         blocks = [
             partial(HierarchicalViGBlock, num_heads=heads, conv_act=conv_act, out_act=out_act) for heads in num_heads
         ]
@@ -322,7 +328,7 @@ _ISOTROPIC_NAMES: list[tuple[str, str | None]] = [
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
-    """An official checkpoint under our names, its position embedding resampled for the model's grid; ours unchanged.
+    """An official checkpoint under our names, or ours; a position embedding is resampled for the model's grid.
 
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).

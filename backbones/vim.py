@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Isotropic
 from subquad.backbones.images import check_image_size
-from subquad.backbones.layers import ScanParameters, position_map, scan_rank, scan_routes
+from subquad.backbones.layers import ScanParameters, check_scan_sizes, position_map, scan_rank, scan_routes
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import causal_conv1d
 from subquad.ops.selective_scan import ROUTES
@@ -103,7 +103,7 @@ class VimMixer(ScanParameters):
         return self.out_proj((self.scale * y * gate).type_as(gate))
 
     def scan(self, x: Tensor, k: int, routes: list[int]) -> Tensor:
-        """One direction: convolution, SiLU and scan of (B, L, E) with the k-th parameters, in float32."""
+        """One direction: convolution, SiLU and scan of (B, L, E) with the k-th parameters; float32 for float16."""
         x = convolve_tokens(x, self.conv_weight[k], self.conv_bias[k], k == 1)
         dt, B, C = self.project(x, k, k + 1)
         A_log, D, dt_weight, dt_bias = (
@@ -186,7 +186,8 @@ class Vim(Isotropic):
         in_chans, device, dtype, isotropic: arguments of ``Isotropic``.
 
     Raises:
-        ValueError: for a size or option that cannot be built; for images smaller than a patch.
+        ValueError: for a size or option that cannot be built; for images smaller than a patch, or with fewer patches
+            than stand in front of the class token.
         TypeError: for an unknown argument.
     """
 
@@ -218,9 +219,10 @@ class Vim(Isotropic):
     ) -> None:
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         _check_sizes(
-            dim=dim, depth=depth, patch_size=patch_size, stride=stride, d_state=d_state, expand=expand,
-            kernel_size=kernel_size, in_chans=in_chans, dt_rank=1 if dt_rank == "auto" else dt_rank,
+            dim=dim, depth=depth, patch_size=patch_size, stride=stride, expand=expand, kernel_size=kernel_size,
+            in_chans=in_chans,
         )  # fmt: skip
+        check_scan_sizes(dim, d_state, expand, dt_rank)
         grid = _grid(height, width, patch_size, stride)
         _check_class_token(class_token, grid[0] * grid[1])
         norm = partial(nn.RMSNorm if rms_norm else nn.LayerNorm, eps=1e-5)
@@ -306,7 +308,8 @@ def _grid(height: int, width: int, patch_size: int, stride: int) -> tuple[int, i
 
 
 def _check_class_token(place: str | int | None, patches: int) -> None:
-    if place not in ("middle", None) and not (isinstance(place, int) and 0 <= place <= patches):
+    index = isinstance(place, int) and not isinstance(place, bool) and 0 <= place <= patches
+    if not index and place not in ("middle", None):
         raise ValueError(
             f"class_token must be 'middle', None or from 0 to {patches}, the number of patches, got {place!r}"
         )
@@ -329,18 +332,26 @@ _NAMES: list[tuple[str, str | None]] = [
 ]
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint under our names and in our shapes; ours pass unchanged.
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
+    """An official checkpoint, or ours, under our names and in our shapes, positions resampled for the model's grid.
 
-    The class token's position is taken out of the sequence of positions, which are resampled for the model's grid. A
-    class token that the model does not have is dropped.
+    Official positions are those of the sequence: the class token's is taken out from where the model has its own, or
+    from the middle. A class token that the model does not have is dropped.
 
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
-    official = weights.unwrap(state_dict)
-    if not any(name.startswith("layers.") for name in official):
-        return official
+    state = weights.unwrap(state_dict)
+    if any(name.startswith("layers.") for name in state):
+        state = _from_official(state)
+        _split_positions(state, model)
+    if "pos_embed" in state:
+        state["pos_embed"] = position_map(state["pos_embed"], *model.pos_embed.shape[1:3])
+    return state
+
+
+def _from_official(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names; the directions' parameters joined, the input projection and the gate's apart."""
     ours: dict[str, Tensor] = {}
     renamed = weights.rename(official, _NAMES)
     for name, value in renamed.items():
@@ -353,12 +364,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             ours[name], ours[name.replace(".in_proj.", ".gate_proj.")] = value.chunk(2)
         else:
             ours[name] = value
-    _split_positions(ours, model)
     return ours
 
 
 def _split_positions(ours: dict[str, Tensor], model: Any) -> None:
-    """In place: the class token's position comes out of the sequence, the others become a map (1, H, W, dim)."""
+    """In place: the class token's position comes out of the sequence of positions (1, N, dim)."""
     positions, token = ours.get("pos_embed"), ours.pop("cls_token", None)
     if positions is None or positions.dim() != 3:
         return
@@ -366,8 +376,7 @@ def _split_positions(ours: dict[str, Tensor], model: Any) -> None:
         at = class_position(positions.shape[1] - 1, model.class_index)
         if model.prefix_tokens is not None:
             ours["prefix_tokens"], ours["pos_embed_prefix"] = token, positions[:, at : at + 1]
-        positions = torch.cat([positions[:, :at], positions[:, at + 1 :]], dim=1)
-    ours["pos_embed"] = position_map(positions, *model.pos_embed.shape[1:3])
+        ours["pos_embed"] = torch.cat([positions[:, :at], positions[:, at + 1 :]], dim=1)
 
 
 _cfg = partial(

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
+from subquad.backbones.frame import FRAME_NAMES, fit_scan_weights, frame
 from subquad.backbones.layers import (
-    FRAME_NAMES,
     DepthwiseConv,
     InputLayerNorm,
     ScanParameters,
     check_scan_sizes,
-    fit_scan_weights,
-    frame,
     scan_rank,
     scan_routes,
     stage_dims,

@@ -16,7 +16,7 @@ from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Isotropic
 from subquad.backbones.hosts.blocks import SoftmaxAttention, TokenBlock, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
-from subquad.backbones.layers import PatchEmbed, in_turn
+from subquad.backbones.layers import PatchEmbed, in_turn, position_map
 from subquad.backbones.mixers import PREFIX_MIXERS, find_mixer
 from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
@@ -126,9 +126,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if positions is not None and positions.dim() == 3 and "prefix_tokens" in state:
         # The class token's own position is added to it once and for all.
         state["prefix_tokens"] = state["prefix_tokens"] + positions[:, :1]
-        state["pos_embed"] = mixers.fit_position(positions[:, 1:], expected["pos_embed"])
+        state["pos_embed"] = position_map(positions[:, 1:], *expected["pos_embed"].shape[1:3])
     elif positions is not None:
-        state["pos_embed"] = mixers.fit_position(positions, expected["pos_embed"])
+        state["pos_embed"] = position_map(positions, *expected["pos_embed"].shape[1:3])
     return state
 
 

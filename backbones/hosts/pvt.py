@@ -19,8 +19,8 @@ from subquad.backbones import mixers
 from subquad.backbones.base import Factory, Pyramid, StageSpec, resample_position
 from subquad.backbones.hosts.blocks import MixerBlock, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
-from subquad.backbones.layers import PatchEmbed, check_heads, check_per_stage
-from subquad.backbones.mixers import find_mixer, fit_position
+from subquad.backbones.layers import PatchEmbed, check_heads, check_per_stage, position_map
+from subquad.backbones.mixers import find_mixer
 from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
 
@@ -155,6 +155,7 @@ _NAMES: list[tuple[str, str | None]] = [
     *((rf"^block{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
+_POSITIONS = ("stem.position", "downsample.position")
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -166,7 +167,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     expected = model.state_dict()
     state = read_host(state_dict, expected, _NAMES)
     return {
-        name: fit_position(value, expected[name]) if name.endswith(("stem.position", "downsample.position")) else value
+        name: position_map(value, *expected[name].shape[1:3]) if name.endswith(_POSITIONS) else value
         for name, value in state.items()
     }
 

@@ -63,7 +63,7 @@ def selective_scan(
         D: (K, E) skip weights.
         dt_weight: (K, E, R) expansion of a low-rank ``dt``; the expanded step is never stored.
         dt_bias: (K, E), added to the expanded step.
-        z: gate of x's shape.
+        z: gate of x's shape, applied to the sum behind the kernels.
         initial_state: (B, K, E, N), the state before each route's first step.
         routes: names out of ``ROUTES``, one for each k, or an integer tensor (K, L) whose rows are permutations of the
             row-major pixel indices (not checked on a GPU: that would wait for it).

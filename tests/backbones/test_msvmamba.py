@@ -76,6 +76,17 @@ def test_options_that_cannot_be_built(options: dict[str, Any]) -> None:
         MSVMamba(**SMALL | options)
 
 
+def test_images_too_small_for_the_stem_or_a_downsampling() -> None:
+    with pytest.raises(ValueError, match="at least 4 x 4 pixels, got 3 x 64"):
+        MSVMamba(**SMALL)(torch.randn(1, 3, 3, 64))
+    assert MSVMamba(**SMALL).eval()(torch.randn(1, 3, 4, 5)).isfinite().all()
+    model = MSVMamba(**SMALL | {"downsample": "patch"}).eval()
+    with pytest.raises(ValueError, match="a map of 2 x 1 pixels is left, expected at least 2 x 2"):
+        model(torch.randn(1, 3, 9, 7))
+    assert model(torch.randn(1, 3, 8, 11)).isfinite().all()
+    assert MSVMamba(**SECOND).eval()(torch.randn(1, 3, 1, 1)).isfinite().all()
+
+
 def test_options_combine() -> None:
     model = MSVMamba(
         **SECOND | {"merge": "normed", "gated": True, "downsample": "patch", "d_state": 2, "dt_rank": 2},

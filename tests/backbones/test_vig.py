@@ -80,6 +80,8 @@ def test_positions_of_another_size_are_resampled() -> None:
     expected = F.interpolate(official.unflatten(1, (6, 6)).permute(0, 3, 1, 2), size=(3, 5), mode="bicubic")
     filtered = checkpoint_filter_fn({"pos_embed": official}, model)["pos_embed"]
     torch.testing.assert_close(filtered, expected.permute(0, 2, 3, 1))
+    ours = checkpoint_filter_fn({"pos_embed": official.unflatten(1, (6, 6))}, model)["pos_embed"]
+    torch.testing.assert_close(ours, filtered)
     assert checkpoint_filter_fn({"pos_embed": official[:, :15]}, model)["pos_embed"].shape == (1, 3, 5, 32)
     assert checkpoint_filter_fn({"pos_embed": official[:, :8]}, model)["pos_embed"].shape == (1, 8, 32)
 
@@ -124,7 +126,9 @@ def test_isotropic_options_that_cannot_be_built(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_heads": (1,)}, {"num_heads": (1, 5)}, {"depths": (1, 0)}, {"in_chans": 0}], ids=str
+    "options",
+    [{"num_heads": (1,)}, {"num_heads": 2}, {"num_heads": (1, 5)}, {"depths": (1, 0)}, {"in_chans": 0}],
+    ids=str,
 )
 def test_hierarchical_options_that_cannot_be_built(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}.* got"):

@@ -47,6 +47,13 @@ def test_class_token_outside_of_the_sequence() -> None:
         model(torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("place", [True, False, "first", 2.0])
+def test_class_token_at_no_place(place: Any) -> None:
+    """True and False, which say in timm whether there is one, are not the places 1 and 0."""
+    with pytest.raises(ValueError, match=f"class_token must be 'middle', None or from 0 to 16.* got {place!r}"):
+        Vim(class_token=place, **TINY)
+
+
 @pytest.mark.parametrize("size", [(8, 64), (64, 15)])
 def test_images_smaller_than_a_patch(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"at least 16 x 16 pixels, got {size[0]} x {size[1]}"):
@@ -77,6 +84,23 @@ def test_positions_of_a_non_square_grid_fit_a_model_of_that_grid() -> None:
     assert torch.equal(filtered["pos_embed"].flatten(1, 2), official["pos_embed"][:, [*range(7), *range(8, 16)]])
     # 8 patches are neither the model's 15 nor a square: left for the loader to report.
     assert checkpoint_filter_fn(_official(model, 8, 4), model)["pos_embed"].shape == (1, 8, 16)
+
+
+def test_positions_of_a_square_are_no_rows_of_a_wide_grid_of_as_many() -> None:
+    """4 x 4 patches of an official file, which are square, in a model for 2 x 8."""
+    model = Vim(**TINY | {"img_size": (32, 128)})
+    official = _official(model, 16, 8)
+    grid = official["pos_embed"][:, [*range(8), *range(9, 17)]].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(2, 8), mode="bicubic").permute(0, 2, 3, 1)
+    torch.testing.assert_close(checkpoint_filter_fn(official, model)["pos_embed"], expected)
+
+
+def test_own_weights_for_another_size_serve_as_they_did() -> None:
+    """Resampled once on loading instead of for each image."""
+    trained, larger = Vim(**TINY).eval(), Vim(**TINY | {"img_size": (48, 80)}).eval()
+    larger.load_state_dict(checkpoint_filter_fn(trained.state_dict(), larger))
+    x = torch.randn(1, 3, 48, 80)
+    torch.testing.assert_close(larger(x), trained(x))
 
 
 def test_features_without_a_class_token_come_from_a_checkpoint_with_one() -> None:

@@ -193,6 +193,15 @@ def test_100000_tokens_need_no_tensor_beyond_the_arguments_sizes() -> None:
     assert largest.elements <= max(value.numel() for value in inputs.values()) < length // 16 * d_k * d_v
 
 
+def test_100003_tokens_equal_the_reference() -> None:
+    inputs = _inputs(1, 100_003, 1, 2, 3)
+    with ops.use_backend("reference"), torch.no_grad():
+        expected = gated_linear_attention(**inputs, gate_normalizer=16.0)
+    # Errors do not add up over the sequence: the limits are those of short ones.
+    assert _error(gated_linear_attention(**inputs, gate_normalizer=16.0), expected) <= 1e-13
+    assert _error(gated_linear_attention(**_to(inputs, torch.float32), gate_normalizer=16.0), expected) <= 2e-6
+
+
 # The operator ----------------------------------------------------------------------------------------------------
 
 

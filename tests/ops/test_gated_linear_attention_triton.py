@@ -7,6 +7,7 @@ The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and f
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from subquad import ops
 from subquad.ops import gated_linear_attention
-from subquad.ops.gated_linear_attention import prepare
+from subquad.ops.gated_linear_attention import KERNEL_KEY_SIZES, KERNEL_VALUE_SIZES, prepare
 
 Arguments = dict[str, Tensor]
 
@@ -45,6 +46,10 @@ SMALL = {
     "two blocks of keys": Case(1, 33, 1, 64, 32),
     "two blocks of values": Case(2, 20, 1, 32, 128),
     "many keys": Case(1, 20, 1, 128, 64),
+    "keys 16, values 128": Case(1, 9, 1, 16, 128),
+    "keys 32, values 32": Case(1, 9, 1, 32, 32),
+    "keys 64, values 128": Case(1, 9, 1, 64, 128),
+    "keys 128, values 32": Case(1, 9, 1, 128, 32),
     "no decay": Case(1, 70, 1, decay=0.0),
     "e^-1 or none": Case(1, 70, 1, decay=1.0),
     "e^-20 or none": Case(1, 70, 1, decay=20.0),
@@ -166,6 +171,11 @@ def test_interpreted_near_and_far_chunks_side_by_side(length: int, decays: tuple
     arguments["gates"][:, length : 2 * length] = decays[1]
     expected = run(arguments, torch.float64, "reference", "cpu")
     assert_near(run(arguments, torch.float32, "triton", "cpu"), expected, TOLERANCE[torch.float32])
+
+
+def test_every_pair_of_head_sizes_that_has_kernels_has_a_case() -> None:
+    cases = [*SMALL.values(), *LARGE.values()]
+    assert {(case.d_k, case.d_v) for case in cases} == set(product(KERNEL_KEY_SIZES, KERNEL_VALUE_SIZES))
 
 
 @pytest.mark.interpret
