@@ -49,6 +49,7 @@ class ScanParameters(nn.Module):
     def __init__(self, sets: int, inner: int, rank: int, d_state: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.sets = sets
         self.sizes = [rank, d_state, d_state]
         self.x_proj_weight = nn.Parameter(torch.empty(sets, rank + 2 * d_state, inner, **dd))
         self.dt_weight = nn.Parameter(torch.empty(sets, inner, rank, **dd))
@@ -75,8 +76,8 @@ class ScanParameters(nn.Module):
 
         Projections commute with routes: a map is projected once, in place, whatever the number of routes through it.
         """
-        weight = self.x_proj_weight
-        if last - first < weight.shape[0]:  # the gradient of a slice is a launch more
+        weight: Tensor = self.x_proj_weight
+        if last - first < self.sets:  # the gradient of a slice is a launch more
             weight = weight[first:last]
         projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
         dt, B, C = projected.split(self.sizes, dim=-1)
