@@ -461,7 +461,8 @@ def fit_mixers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         elif leaf.startswith("kv.") and name not in expected and joint in expected:
             continue
         elif leaf == "position" and name in expected:
-            fitted[name] = position_map(value, *expected[name].shape[1:3], mode=_RESAMPLED[leaf])
+            height, width = expected[name].shape[1:3]
+            fitted[name] = position_map(value, height, width, _RESAMPLED[leaf])
         elif leaf.endswith("_bias") and name in expected:
             fitted[name] = fit_agent_bias(leaf, value, expected[name])
         elif leaf in ("scale", "power") and name in expected and value.numel() == expected[name].numel():
