@@ -124,8 +124,11 @@ def test_sizes_are_those_that_the_authors_state(stem: str) -> None:
     parameters, stated = STATED[stem]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert parameters in (math.floor(millions), math.ceil(millions))  # some round, some cut
-    if stated is not None:  # they add what norms and activations cost, and round
-        assert 0.985 * stated < mm_index.gflops(model, mm_index.SIZES[name.split("/")[0]]) <= stated + 0.5
+    if stated is not None:
+        # They add what norms and activations cost, and round; with windows also the projections of their padding, up to
+        # 18 % of a small map's tokens, which this library does not compute.
+        least = 0.97 if "swin" in stem else 0.985
+        assert least * stated < mm_index.gflops(model, mm_index.SIZES[name.split("/")[0]]) <= stated + 0.5
 
 
 def test_configs_of_mmseg_can_be_inherited(tmp_path: Path) -> None:
