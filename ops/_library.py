@@ -166,6 +166,29 @@ def define_differentiable(
     operator.register_autograd(autograd, setup_context=setup_context)
 
 
+def attention_flops(
+    products: Callable[..., tuple[int, int, int]],
+) -> tuple[Callable[..., int], Callable[..., int]]:
+    """FLOP formulas of softmax attention, forward and backward; two operations a product and sum.
+
+    Args:
+        products: takes an operator's arguments with shapes in place of tensors; returns the pairs of queries and keys
+            over all images and heads, D, and E.
+    """
+
+    def forward(*args: Any, out_shape: Any = None) -> int:
+        """q k^T and P v."""
+        pairs, dim, values = products(*args)
+        return 2 * pairs * (dim + values)
+
+    def backward(*args: Any) -> int:
+        """The logits again, dP, dq, dk and dv."""
+        pairs, dim, values = products(*args)
+        return 2 * pairs * (3 * dim + 2 * values)
+
+    return forward, backward
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks activations to have on ``device``, or None outside autocast."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):

@@ -163,24 +163,14 @@ def _backward(grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, *args: A
     return _implementation(call).backward(call, grad_o, grad_lse, o, lse)
 
 
-def _products(call: Any) -> tuple[int, int, int]:
-    """Pairs of queries and keys over all images and heads, D, and E, from a call of shapes."""
+def _products(*args: Any) -> tuple[int, int, int]:
+    """Pairs of queries and keys over all images and heads, D, and E."""
+    call: Any = NeighborhoodCall(*args)  # of shapes
     extra = 0 if call.additional_keys is None else call.additional_keys[1]
     return math.prod(call.q[:-1]) * (math.prod(call.kernel_size) + extra), call.q[-1], call.v[-1]
 
 
-def _flops(*args: Any, out_shape: Any = None) -> int:
-    """Two operations a product and sum: q k^T and P v."""
-    pairs, dim, values = _products(NeighborhoodCall(*args))
-    return 2 * pairs * (dim + values)
-
-
-def _backward_flops(*args: Any) -> int:
-    """The logits again, dP, dq, dk and dv."""
-    pairs, dim, values = _products(NeighborhoodCall(*args))
-    return 2 * pairs * (3 * dim + 2 * values)
-
-
+_flops, _backward_flops = _library.attention_flops(_products)
 _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,

@@ -252,23 +252,15 @@ def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> Sequence[Te
     return _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
 
 
-def _products(call: Any) -> tuple[int, int, int]:
-    """Pairs of queries and keys over all images and heads (padding's keys count), D, and E, from a call of shapes."""
+def _products(*args: Any) -> tuple[int, int, int]:
+    """Pairs of queries and keys over all images and heads (padding's keys count), D, and E."""
+    call: Any = RegionCall(*args)  # of shapes
     batch, height, width, heads, dim = call.q
     keys = call.regions[3] * call.kv_region_size[0] * call.kv_region_size[1]
     return batch * height * width * heads * keys, dim, call.v[4]
 
 
-def _flops(*args: Any, out_shape: Any = None) -> int:
-    """Two operations a product and sum: q k^T and P v."""
-    pairs, dim, values = _products(RegionCall(*args))
-    return 2 * pairs * (dim + values)
-
-
-def _backward_flops(*args: Any) -> int:
-    """The logits again, dP, dq, dk and dv."""
-    pairs, dim, values = _products(RegionCall(*args))
-    return 2 * pairs * (3 * dim + 2 * values)
+_flops, _backward_flops = _library.attention_flops(_products)
 
 
 def _routing(q: Tensor, k: Tensor, region_size: list[int], kv_region_size: list[int], topk: int) -> Tensor:

@@ -275,25 +275,15 @@ def _backward(grad_o: Tensor, o: Tensor, lse: Tensor, *args: Any) -> Sequence[Te
     return _dispatch.choose_inside(_OP, call).backward(call, grad_o, o, lse)
 
 
-def _products(call: Any) -> tuple[int, int, int]:
-    """Pairs of queries and keys over all images and heads (padding's keys count), D, and E, from a call of shapes."""
+def _products(*args: Any) -> tuple[int, int, int]:
+    """Pairs of queries and keys over all images and heads (padding's keys count), D, and E."""
+    call: Any = WindowCall(*args)  # of shapes
     batch, height, width = call.q[:3]
     values = call.q[-1] if call.v is None else call.v[-1]
     return batch * height * width * call.q[-2] * math.prod(call.window), call.q[-1], values
 
 
-def _flops(*args: Any, out_shape: Any = None) -> int:
-    """Two operations a product and sum: q k^T and P v."""
-    pairs, dim, values = _products(WindowCall(*args))
-    return 2 * pairs * (dim + values)
-
-
-def _backward_flops(*args: Any) -> int:
-    """The logits again, dP, dq, dk and dv."""
-    pairs, dim, values = _products(WindowCall(*args))
-    return 2 * pairs * (3 * dim + 2 * values)
-
-
+_flops, _backward_flops = _library.attention_flops(_products)
 _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
