@@ -26,6 +26,7 @@ from subquad.ops.selective_scan._triton_tiles import (
     _route,
     _select,
     _steps,
+    _store_rows,
     _store_state,
     _sum_time,
     _to_map,
@@ -232,15 +233,6 @@ def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
     o_r = tl.arange(0, b_sum.shape[0])
     b_unit = tl.broadcast_to(tl.where(o_r == row, 1.0, 0.0)[:, None], (b_sum.shape[0], b.shape[0])).to(DOT)
     return tl.dot(b_unit, b.to(DOT), acc=b_sum, input_precision=PRECISION)
-
-
-@triton.jit
-def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
-    """Write columns of b [., 32] as packed rows."""
-    o_r = tl.arange(0, b.shape[0])
-    m_r = m_t[:, None] & (o_r < WIDTH)[None, :]
-    p_r = p_grow[:, None] + o_r[None, :]
-    tl.store(p_r, (tl.trans(b) * _LN2).to(p_grow.dtype.element_ty), mask=m_r)
 
 
 @triton.jit

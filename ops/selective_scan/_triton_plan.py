@@ -41,10 +41,10 @@ class Config(NamedTuple):
 _CONFIGS = {
     ("forward", "one state"): Config(block=16, steps=8, waves=64, stages=3),
     ("forward", "one state, long rows"): Config(block=16, steps=8, waves=64, stages=3),
-    ("forward", "many states"): Config(block=16, steps=8, waves=16, stages=1),
+    ("forward", "many states"): Config(block=16, steps=8, waves=4, stages=1),
     ("backward", "one state"): Config(block=16, steps=8, waves=64, stages=1),
     ("backward", "one state, long rows"): Config(block=16, steps=4, waves=64, stages=1),
-    ("backward", "many states"): Config(block=16, steps=4, waves=16, stages=1),
+    ("backward", "many states"): Config(block=16, steps=8, waves=4, stages=1),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
@@ -57,7 +57,7 @@ _CANDIDATES = [
 ]
 
 
-def _rank(call: ScanCall) -> int:
+def rank_of(call: ScanCall) -> int:
     """R of low-rank steps, 0 for full-rank ones."""
     return 0 if call.dt_weight is None else call.dt.shape[-1]
 
@@ -66,12 +66,12 @@ def default_config(which: str, call: ScanCall) -> Config:
     """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
     if call.A.shape[-1] > 1:
         return _CONFIGS[which, "many states"]
-    return _CONFIGS[which, "one state" if _rank(call) + 2 <= 16 else "one state, long rows"]
+    return _CONFIGS[which, "one state" if rank_of(call) + 2 <= 16 else "one state, long rows"]
 
 
 def config_for(which: str, call: ScanCall, run: Callable[[Config], object]) -> Config:
     """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` did the pass with each candidate."""
-    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], _rank(call), call.x.dtype)
+    key = ("selective_scan", which, *call.x.shape, len(call.routes), call.A.shape[-1], rank_of(call), call.x.dtype)
     return _triton.tuned(key, call.x, _CANDIDATES, default_config(which, call), run)
 
 
@@ -128,6 +128,10 @@ class Plan(NamedTuple):
     def groups_at_once(self) -> int:
         return max(map(len, self.batches))
 
+    def routes(self, direction: str) -> int:
+        """Bit mask of the groups' "forward" or "reversed" routes."""
+        return sum(1 << k for k in (getattr(group, direction) for group in self.groups) if k >= 0)
+
 
 _plans: _triton.Plans[Plan] = _triton.Plans()
 
@@ -166,7 +170,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     segment_tiles = segment_chunks * CHUNK // config.steps
     lanes = batch * segments
     lane_programs = triton.cdiv(lanes, LANES)
-    rank = _rank(call)
+    rank = rank_of(call)
     row = 8 * triton.cdiv(rank + 2 * state, 8)  # packed gradients, in rows that can be written 16 bytes wide
     # Offsets into x, dt, packed rows of gradients for each channel block, and states.
     largest = max(
@@ -174,9 +178,9 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         batch * length * n_routes * max(call.dt.shape[-1], blocks * row),
         batch * n_routes * (chunks + 1) * dim * state,
         2 * batch * segments * segment_tiles * dim * state,
-        *map(_extent, inputs.tensors),
+        *map(extent, inputs.tensors),
     )
-    align = _alignment(inputs)
+    align = alignment(inputs.rows)
     meta = {
         "N": state,
         "BC": config.block,
@@ -200,7 +204,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         "num_stages": config.stages,
     }
     groups = _groups(call.routes)
-    row_strides = (stride // align for stride in _strides(inputs.rows))
+    row_strides = (stride // align for stride in strides_of(inputs.rows))
     return Plan(
         groups=groups,
         batches=_batches(groups, 2 if state == 1 else 1),
@@ -215,7 +219,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
             segment_tiles,
             chunks + 1,
             dim,
-            *_strides(inputs.dt),
+            *strides_of(inputs.dt),
             *row_strides,
             height,
             width,
@@ -297,19 +301,34 @@ def _with_rows(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of an image, a pixel and a route of (B, H, W, K, ...)."""
     return tensor.stride(0), tensor.stride(2) if tensor.shape[2] > 1 else tensor.stride(1), tensor.stride(3)
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """One past the largest offset; more than the number of elements for a strided view."""
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _alignment(inputs: Inputs) -> int:
-    """Elements (1, 2, 4 or 8) that every row's address is a multiple of, for wide loads."""
-    rows, align = inputs.rows, 8
-    while rows.data_ptr() % (align * rows.element_size()) or any(stride % align for stride in _strides(rows)):
+def alignment(tensor: Tensor) -> int:
+    """Elements (1, 2, 4 or 8) that every row's address in (B, H, W, K, ...) is a multiple of, for wide loads."""
+    align = 8
+    while tensor.data_ptr() % (align * tensor.element_size()) or any(step % align for step in strides_of(tensor)):
         align //= 2
     return align
+
+
+def by_channel(states: Tensor | None) -> Tensor | None:
+    """(B, K, E, N) -> (B, K, N, E), as the kernels exchange states."""
+    return None if states is None else states.transpose(-1, -2).contiguous()
+
+
+def scratch(x: Tensor, *shape: int) -> Tensor:
+    """Unfilled float32 memory beside x."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """Operands of the gradient products: bfloat16 holds any gradient's range; the interpreter cannot multiply it."""
+    return tl.float32 if x.dtype == torch.float32 or _triton.interpreting() else tl.bfloat16

@@ -12,7 +12,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # would only multiply the time of the first call.
 _PLAIN = {
     *("n_lanes", "length", "segments", "segment_tiles", "slots", "stride_row_b", "stride_row_p", "stride_row_k"),
-    *("height", "width", "magic", "shift"),
+    *("height", "width", "magic", "shift", "columns"),
     *("n_routes", "routes", "images", "add", "done", "reversed_routes", "last", "rows", "programs"),
 }
 
@@ -238,6 +238,15 @@ def _load_rows(p_rows, o_prow, m_t, WIDTH: tl.constexpr, BR: tl.constexpr):
     return tl.trans(
         tl.load(p_rows + o_prow[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < WIDTH)[None, :], other=0.0)
     )
+
+
+@triton.jit
+def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
+    """Write columns of b [., 32] as packed rows."""
+    o_r = tl.arange(0, b.shape[0])
+    m_r = m_t[:, None] & (o_r < WIDTH)[None, :]
+    p_r = p_grow[:, None] + o_r[None, :]
+    tl.store(p_r, (tl.trans(b) * _LN2).to(p_grow.dtype.element_ty), mask=m_r)
 
 
 @triton.jit

@@ -25,16 +25,16 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
+from subquad.ops.selective_scan import _triton_many
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
     selective_scan_bwd_kernel_states,
 )
+from subquad.ops.selective_scan._triton_chain import chain
 from subquad.ops.selective_scan._triton_forward import (
-    selective_scan_chain_kernel,
     selective_scan_fwd_kernel,
     selective_scan_fwd_kernel_states,
 )
@@ -42,50 +42,20 @@ from subquad.ops.selective_scan._triton_plan import (
     LANES,
     Config,
     Plan,
+    by_channel,
     config_for,
     default_config,
+    dot_dtype,
     kernel_inputs,
     pack_routes,
     plan_for,
+    scratch,
 )
 from subquad.ops.selective_scan._triton_sums import (
     selective_scan_bwd_kernel_parameters,
     selective_scan_bwd_kernel_rows,
 )
 from subquad.ops.selective_scan.call import Gradients, ScanCall
-
-
-def _chain(
-    plan: Plan, A: Tensor, between: _Between, given: Tensor | None, last: Tensor | None, stride: int, against: str
-) -> Tensor:
-    """States that enter the segments (B, K, segments, N, E).
-
-    Args:
-        given: states (B, K, N, E) that enter the first segments.
-        last: where the states that leave the last segments go, [E, N] at every ``stride`` numbers.
-        against: "forward" or "reversed": which routes of the groups are walked from the last segment.
-    """
-    ends = between.ends
-    batch, n_routes, segments, state, dim = ends.shape
-    entries = torch.empty_like(ends)
-    block = 32
-    walked = [getattr(group, against) for group in plan.groups]
-    plan.launch(
-        "chain",
-        selective_scan_chain_kernel,
-        (batch * n_routes, triton.cdiv(dim * state, block), 1),
-        (
-            between.totals, A, ends, ends if given is None else given, entries, ends if last is None else last,
-            segments, stride, dim, n_routes, sum(1 << k for k in walked if k >= 0),
-        ),
-        {"N": state, "BS": 32, "BJ": block, "GIVEN": given is not None, "LAST": last is not None, "num_warps": 1},
-    )  # fmt: skip
-    return entries
-
-
-def _by_channel(states: Tensor | None) -> Tensor | None:
-    """(B, K, E, N) -> (B, K, N, E), as the kernels exchange states."""
-    return None if states is None else states.transpose(-1, -2).contiguous()
 
 
 class _Between(NamedTuple):
@@ -100,14 +70,14 @@ class _Between(NamedTuple):
 def _between(x: Tensor, plan: Plan, n_routes: int, state: int) -> _Between:
     batch, dim = x.shape[0], x.shape[-1]
     groups = plan.groups_at_once if any(group.reversed >= 0 for group in plan.groups) else 0
-    tiles = _scratch(x, max(1, groups), batch, plan.tiles if groups else 0, state, dim)
+    tiles = scratch(x, max(1, groups), batch, plan.tiles if groups else 0, state, dim)
     if not plan.two_level:
         return _Between(tiles, tiles, tiles, tiles)
     return _Between(
         tiles,
-        _scratch(x, *tiles.shape[:3], dim),
-        _scratch(x, batch, n_routes, plan.segments, state, dim),
-        _scratch(x, batch, n_routes, plan.segments, dim),
+        scratch(x, *tiles.shape[:3], dim),
+        scratch(x, batch, n_routes, plan.segments, state, dim),
+        scratch(x, batch, n_routes, plan.segments, dim),
     )
 
 
@@ -129,7 +99,13 @@ def _compile_ahead(call: ScanCall, config: Config) -> None:
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     """Merged output and saved states of a canonical call (see call.py)."""
-    return _forward(call, config_for("forward", call, lambda config: _forward(call, config)))
+
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        if call.A.shape[-1] > 1:
+            return _triton_many.forward(call, config, default_config("backward", call))
+        return _forward(call, config)
+
+    return run(config_for("forward", call, run))
 
 
 def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
@@ -140,11 +116,11 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
 
     table = x if call.table is None else call.table.contiguous()
     y = torch.empty_like(x, dtype=call.out_dtype)
-    partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else _scratch(x, *x.shape)
-    states = _scratch(x, batch, n_routes, plan.sizes[4], dim, state)
+    partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else scratch(x, *x.shape)
+    states = scratch(x, batch, n_routes, plan.sizes[4], dim, state)
     between = _between(x, plan, n_routes, state)
-    waiting = _scratch(x, 4 * plan.grid[0] * plan.grid[1], state, LANES, plan.block) if state > 1 else x
-    given = _by_channel(call.initial_state)
+    waiting = scratch(x, 4 * plan.grid[0] * plan.grid[1], state, LANES, plan.block) if state > 1 else x
+    given = by_channel(call.initial_state)
     has_given = given is not None
     given = states if given is None else given
     entries = given
@@ -168,9 +144,10 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                 )  # fmt: skip
             if plan.two_level:
                 last = states[0, 0, -1]
-                entries = _chain(
-                    plan, inputs.A, between, given if has_given else None, last, states.stride(1), "reversed"
-                )
+                entries = chain(
+                    plan.launch, inputs.A, between.ends, between.totals, given if has_given else None, last,
+                    states.stride(1), plan.routes("reversed"),
+                )  # fmt: skip
             for i, group in enumerate(groups):
                 number = first + i
                 plan.launch(
@@ -190,8 +167,10 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
 def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
     """Gradients of a canonical call from its saved states, each in its input's dtype."""
 
+    backward_of = _triton_many.backward if call.A.shape[-1] > 1 else _backward
+
     def run(config: Config) -> Gradients:
-        return _backward(call, states.contiguous(), grad_y.contiguous(), grad_last_state, config)
+        return backward_of(call, states.contiguous(), grad_y.contiguous(), grad_last_state, config)
 
     return run(config_for("backward", call, run))
 
@@ -209,21 +188,21 @@ def _backward(
 
     table = x if call.table is None else call.table.contiguous()
     grad_x = torch.empty_like(x)
-    partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else _scratch(x, *x.shape)
+    partial = grad_x if len(plan.groups) == 1 or x.dtype == torch.float32 else scratch(x, *x.shape)
     grad_dt, grad_B, grad_C = (x.new_empty(value.shape) for value in (call.dt, call.B, call.C))
     # One partial sum a channel block. bfloat16 where the sum has no more bits in the end: half the bytes.
     rows_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     rows = x.new_empty((blocks, batch * height * width * n_routes, meta["ROW"]), dtype=rows_dtype)
-    params = _scratch(x, lane_programs, n_routes, dim, state + 2)
-    weights = _scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else params
+    params = scratch(x, lane_programs, n_routes, dim, state + 2)
+    weights = scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else params
     grad_A, grad_D, grad_bias = torch.empty_like(inputs.A), torch.empty_like(inputs.D), torch.empty_like(inputs.bias)
     grad_weight = torch.empty_like(inputs.weight)
-    grad_initial = None if call.initial_state is None else _scratch(x, *call.initial_state.shape)
+    grad_initial = None if call.initial_state is None else scratch(x, *call.initial_state.shape)
     keep = grad_initial is not None
     between = _between(x, plan, n_routes, state)
-    state_tiles = _scratch(x, plan.groups_at_once, batch, plan.tiles, state, dim)
-    waiting = _scratch(x, 6 * blocks * lane_programs, state, LANES, plan.block) if state > 1 else x
-    given = _by_channel(grad_last_state)
+    state_tiles = scratch(x, plan.groups_at_once, batch, plan.tiles, state, dim)
+    waiting = scratch(x, 6 * blocks * lane_programs, state, LANES, plan.block) if state > 1 else x
+    given = by_channel(grad_last_state)
     has_given = given is not None
     given = states if given is None else given
     entries = given
@@ -246,9 +225,10 @@ def _backward(
                 {**meta, **directions, "ENTRY": has_given and not plan.two_level},
             )  # fmt: skip
             if plan.two_level:
-                entries = _chain(
-                    plan, inputs.A, between, given if has_given else None, grad_initial, dim * state, "forward"
-                )
+                entries = chain(
+                    plan.launch, inputs.A, between.ends, between.totals, given if has_given else None, grad_initial,
+                    dim * state, plan.routes("forward"),
+                )  # fmt: skip
             for i, group in enumerate(groups):
                 number = first + i
                 plan.launch(
@@ -263,7 +243,7 @@ def _backward(
                     ),
                     {
                         **meta, **directions, "ENTRY": plan.two_level or has_given,
-                        "DOT": _dot_dtype(x),
+                        "DOT": dot_dtype(x),
                     },
                 )  # fmt: skip
         plan.launch(
@@ -299,13 +279,3 @@ def _backward(
         None if call.dt_bias is None else grad_bias,
         grad_initial,
     )
-
-
-def _scratch(x: Tensor, *shape: int) -> Tensor:
-    """Unfilled float32 memory beside x."""
-    return x.new_empty(shape, dtype=torch.float32)
-
-
-def _dot_dtype(x: Tensor) -> tl.dtype:
-    """Operands of the gradient products: bfloat16 holds any gradient's range; the interpreter cannot multiply it."""
-    return tl.float32 if x.dtype == torch.float32 or _triton.interpreting() else tl.bfloat16
