@@ -1,7 +1,5 @@
 """Triton kernels of the depthwise convolution. See triton_impl.py for the design."""
 
-# ruff: noqa: RUF005 - Triton has no starred elements of tuples
-
 import triton
 import triton.language as tl
 

@@ -335,6 +335,8 @@ def _why_not_triton(call: ScanCall) -> str | None:
         return "empty batch"
     if call.B.shape[-2] != 1:
         return f"{call.B.shape[-2]} groups of channels, the kernels have one"
+    if call.A.shape[-1] > 16:
+        return f"{call.A.shape[-1]} states, the kernels take up to 16"
     if len(call.routes) > 32:
         return f"{len(call.routes)} routes, the kernels take up to 32"
     if call.x.shape[0] > 2**17:

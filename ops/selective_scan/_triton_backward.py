@@ -36,11 +36,11 @@ from subquad.ops.selective_scan._triton_tiles import (
 @_kernel
 def selective_scan_bwd_kernel_states(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_table, p_states, p_entries,
-    p_tiles, p_adjoints, p_sums, p_ends, p_totals, p_ginitial, p_scratch,
+    p_tiles, p_adjoints, p_sums, p_ends, p_totals, p_ginitial,
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     height, width, magic, shift, n_routes, routes, images,
-    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
@@ -64,33 +64,27 @@ def selective_scan_bwd_kernel_states(
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
     dtype: tl.constexpr = p_x.dtype.element_ty
-    o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
-    o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
-    o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - tl.program_id(0) * BC
-    i_program = (group * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    p_slot = p_scratch + i_program * (3 * N * 4 * BC) + o_slot
+    o_ef, b_biasf, b_wf = _parameters(p_weight, p_bias, k_f, o_c, m_c, dim, BR, RANK, LOW_RANK, dtype)
+    b_Af = tl.load(p_A + o_ef, mask=m_c, other=0.0)
+    o_er, b_biasr, b_wr = _parameters(p_weight, p_bias, k_r, o_c, m_c, dim, BR, RANK, LOW_RANK, dtype)
+    b_Ar = tl.load(p_A + o_er, mask=m_c, other=0.0)
     o_tile = ((group * images + o_b) * segments + o_segment) * segment_tiles * dim
-    p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
-    p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_tile = p_tiles + o_tile[:, None, None] + o_sc[None, :, :]
+    p_adjoint = p_adjoints + o_tile[:, None, None] + o_sc[None, :, :]
     p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
     o_pathf = o_b * n_routes + k_f
     o_pathr = o_b * n_routes + k_r
-    p_state = p_states + ((o_pathf * slots + o_segment * segment_tiles // (CHUNK // STEPS)) * dim * N)[:, None, None]
-    p_state += (o_sc * N)[None, :, :]
+    p_state = p_states + ((o_pathf * slots + o_segment * segment_tiles // (CHUNK // STEPS)) * dim)[:, None, None]
+    p_state += o_sc[None, :, :]
     b_h = tl.zeros((BC, 4), dtype=tl.float32)
     b_qf = tl.zeros((BC, 4), dtype=tl.float32)
     b_qr = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumf = tl.zeros((BC, 4), dtype=tl.float32)
     b_sumr = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in (tl.static_range if N == 1 else range)(N):
-        if FORWARD:
-            b_h = _load_state(p_state + n, m_state, BC) * _LOG2E
-        if ENTRY:
-            b_qr = _load_state(p_entries + ((o_pathr * N + n) * dim)[:, None, None] + o_sc[None, :, :], m_state, BC)
-        if N > 1:
-            _store_state(p_slot + n * (4 * BC), b_h, m_state, BC)
-            _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
-            _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
+    if FORWARD:
+        b_h = _load_state(p_state, m_state, BC) * _LOG2E
+    if ENTRY:
+        b_qr = _load_state(p_entries + (o_pathr * dim)[:, None, None] + o_sc[None, :, :], m_state, BC)
     for tile in range(segment_tiles):
         o_nb, o_np, m_t = _locate_columns(
             path, tile, n_lanes, segments, segment_tiles, length, STEPS, EVEN, TABLE, INDEX
@@ -101,130 +95,90 @@ def selective_scan_bwd_kernel_states(
         b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
         if FORWARD:
             b_x = _load_tile(p_x, o_map, m_map, BC, STEPS)
-            _b_rows, b_bc, b_s = _load_route(
+            b_rows, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
+                BC, BR, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             b_dx = b_d * b_x
-            for n in (tl.static_range if N == 1 else range)(N):
-                if N > 1:
-                    b_Af = tl.load(p_A + o_ef * N + n, mask=m_c, other=0.0)
-                    b_h = _load_state(p_slot + n * (4 * BC), m_state, BC)
-                    b_qf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
-                _store_state(p_tile + (tile * N + n) * dim, b_h, m_state, BC)
-                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
-                b_a = tl.exp2(b_d * b_Af[:, None])
-                _b_hs, b_h = _recur(b_h, b_a, b_dx * b_B, BC)
-                if TWO_LEVEL:
-                    b_qf = _collect(b_qf, tl.exp2(b_sumf * b_Af[:, None]), b_a, b_gy * b_C, BC)
-                if N > 1:
-                    _store_state(p_slot + n * (4 * BC), b_h, m_state, BC)
-                    _store_state(p_slot + (N + n) * (4 * BC), b_qf, m_state, BC)
+            _store_state(p_tile + tile * dim, b_h, m_state, BC)
+            b_B, b_C = _select(b_rows, RANK, BC, PRECISION)
+            b_a = tl.exp2(b_d * b_Af[:, None])
+            _b_hs, b_h = _recur(b_h, b_a, b_dx * b_B, BC)
+            if TWO_LEVEL:
+                b_qf = _collect(b_qf, tl.exp2(b_sumf * b_Af[:, None]), b_a, b_gy * b_C, BC)
             if TWO_LEVEL:
                 b_sumf += _sum_time(b_d, BC)
         if REVERSED:
-            _b_rows, b_bc, b_s = _load_route(
+            b_rows, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
+                BC, BR, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
             b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
             if TWO_LEVEL:
                 _store_state(p_sum + tile * dim, b_sumr, m_state, BC)
                 b_sumr += _sum_time(b_d, BC)
-            for n in (tl.static_range if N == 1 else range)(N):
-                if N > 1:
-                    b_Ar = tl.load(p_A + o_er * N + n, mask=m_c, other=0.0)
-                    b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
-                _store_state(p_adjoint + (tile * N + n) * dim, b_qr, m_state, BC)
-                b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
-                _b_g, b_qr = _adjoint_reversed(b_qr, tl.exp2(b_d * b_Ar[:, None]), b_gy * b_C, BC)
-                if N > 1:
-                    _store_state(p_slot + (2 * N + n) * (4 * BC), b_qr, m_state, BC)
+            _store_state(p_adjoint + tile * dim, b_qr, m_state, BC)
+            b_B, b_C = _select(b_rows, RANK, BC, PRECISION)
+            _b_g, b_qr = _adjoint_reversed(b_qr, tl.exp2(b_d * b_Ar[:, None]), b_gy * b_C, BC)
     if TWO_LEVEL:
         if FORWARD:
             o_total = (o_pathf * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumf, m_state, BC)
-            p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in (tl.static_range if N == 1 else range)(N):
-                if N > 1:
-                    b_qf = _load_state(p_slot + (N + n) * (4 * BC), m_state, BC)
-                _store_state(p_end + n * dim, b_qf, m_state, BC)
+            p_end = p_ends + o_total[:, None, None] + o_sc[None, :, :]
+            _store_state(p_end, b_qf, m_state, BC)
         if REVERSED:
             o_total = (o_pathr * segments + o_segment) * dim
             _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_sumr, m_state, BC)
-            p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-            for n in (tl.static_range if N == 1 else range)(N):
-                if N > 1:
-                    b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
-                _store_state(p_end + n * dim, b_qr, m_state, BC)
+            p_end = p_ends + o_total[:, None, None] + o_sc[None, :, :]
+            _store_state(p_end, b_qr, m_state, BC)
     elif REVERSED and KEEP_INITIAL:
-        for n in (tl.static_range if N == 1 else range)(N):
-            if N > 1:
-                b_qr = _load_state(p_slot + (2 * N + n) * (4 * BC), m_state, BC)
-            p_first = p_ginitial + (o_pathr * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
-            _store_state(p_first, b_qr, m_state, BC)
+        p_first = p_ginitial + (o_pathr * dim)[:, None, None] + o_sc[None, :, :]
+        _store_state(p_first, b_qr, m_state, BC)
 
 
 @triton.jit
 def _route_gradients(
-    p_A, o_e, m_c, m_state, p_in, p_carry, p_gA, p_entry, b_sum, b_A, b_in, b_carry, b_gA,
-    b_w, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr,
-    STEPS: tl.constexpr, REVERSED: tl.constexpr, TWO_LEVEL: tl.constexpr, LOW_RANK: tl.constexpr,
+    b_A, b_in, b_carry, b_gA, b_w, b_s, b_rows, b_x, b_gy, b_gx, m_t,
+    BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
+    STEPS: tl.constexpr, REVERSED: tl.constexpr, LOW_RANK: tl.constexpr,
     SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile's share of one route's gradients.
 
     ``b_in`` is what enters the tile from memory (h for a forward route, q for a reversed one), ``b_carry`` what comes
-    from the tile before (q, h). Returns the carry, gA * log2(e)^2, gx * log2(e), gs, and gdt, gB, gC times log2(e):
-    [BR, .] for the first R entries of a packed row (all of them with one state), [BN, .] for B and C.
+    from the tile before (q, h). Returns the carry, gA * log2(e)^2, gx * log2(e), gs, and gdt, gB, gC times log2(e) as
+    packed rows [BR, .].
     """
     b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
     b_dx = b_d * b_x
-    b_gd = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
+    b_B, b_C = _select(b_rows, RANK, BC, PRECISION)
+    b_a = tl.exp2(b_d * b_A[:, None])
+    b_b = b_dx * b_B
+    if REVERSED:
+        b_h, b_carry = _recur_reversed(b_carry, b_a, b_b, BC)
+        b_g, b_in = _adjoint_reversed(b_in, b_a, b_gy * b_C, BC)
+    else:
+        b_h, b_in = _recur(b_in, b_a, b_b, BC)
+        b_g, b_carry = _adjoint(b_carry, b_a, b_gy * b_C, BC)
+    b_gp = b_g * (b_h - b_b)
+    b_gb = b_g * b_B
+    b_gx += b_gb * b_d
+    b_gd = b_gb * b_x + b_gp * (b_A * _LN2)[:, None]
+    b_gA += _sum_time(b_gp * b_d, BC)
+    # Sums over channels as products with rows of ones at the place of B and C in the packed row.
     b_low = tl.zeros((BR, 4 * STEPS), dtype=tl.float32)
-    b_gbc = tl.zeros((BN, 4 * STEPS), dtype=tl.float32)
-    for n in (tl.static_range if N == 1 else range)(N):
-        if N > 1:
-            b_A = tl.load(p_A + o_e * N + n, mask=m_c, other=0.0)
-            b_in = _load_state(p_in + n * dim, m_state, BC)
-            b_carry = _load_state(p_carry + n * (4 * BC), m_state, BC)
-            b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
-            if TWO_LEVEL and REVERSED:
-                b_in += tl.exp2(b_sum * b_A[:, None]) * _load_state(p_entry + n * dim, m_state, BC)
-        b_B, b_C = _select(b_bc, (RANK if N == 1 else n), N, BC, PRECISION)
-        b_a = tl.exp2(b_d * b_A[:, None])
-        b_b = b_dx * b_B
-        if REVERSED:
-            b_h, b_carry = _recur_reversed(b_carry, b_a, b_b, BC)
-            b_g, b_in = _adjoint_reversed(b_in, b_a, b_gy * b_C, BC)
-        else:
-            b_h, b_in = _recur(b_in, b_a, b_b, BC)
-            b_g, b_carry = _adjoint(b_carry, b_a, b_gy * b_C, BC)
-        b_gp = b_g * (b_h - b_b)
-        b_gb = b_g * b_B
-        b_gx += b_gb * b_d
-        b_gd += b_gb * b_x + b_gp * (b_A * _LN2)[:, None]
-        b_gA += _sum_time(b_gp * b_d, BC)
-        # Sums over channels as products with rows of ones at the place of B and C in the packed row.
-        if N == 1:
-            b_low = _add_row(b_low, b_g * b_dx, RANK, DOT, PRECISION)
-            b_low = _add_row(b_low, b_gy * b_h, RANK + 1, DOT, PRECISION)
-        else:
-            b_gbc = _add_row(b_gbc, b_g * b_dx, n, DOT, PRECISION)
-            b_gbc = _add_row(b_gbc, b_gy * b_h, N + n, DOT, PRECISION)
-            _store_state(p_carry + n * (4 * BC), b_carry, m_state, BC)
-            _store_state(p_gA + n * (4 * BC), b_gA, m_state, BC)
+    b_low = _add_row(b_low, b_g * b_dx, RANK, DOT, PRECISION)
+    b_low = _add_row(b_low, b_gy * b_h, RANK + 1, DOT, PRECISION)
     if SOFTPLUS:
         b_gd = b_gd * tl.exp2(b_s - b_d)  # sigmoid(s) = exp(s - softplus(s))
     if not EVEN:
         b_gd = tl.where(m_t[None, :], b_gd, 0.0)
     if LOW_RANK:
         b_low = tl.dot(tl.trans(b_w.to(DOT)), b_gd.to(DOT), acc=b_low, input_precision=PRECISION)
-    return b_carry, b_gA, b_gx, b_gd, b_low, b_gbc
+    return b_carry, b_gA, b_gx, b_gd, b_low
 
 
 @triton.jit
@@ -236,25 +190,21 @@ def _add_row(b_sum, b, row, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_parameters(p_param, b_gA, b_gD, b_gbias, p_gA, o_c, m_c, m_state, N: tl.constexpr, BC: tl.constexpr):
-    """Write a route's [E, N + 2] gradients of A, D and bias, summed over this program's lanes."""
-    p_row = p_param + o_c * (N + 2)
-    for n in (tl.static_range if N == 1 else range)(N):
-        if N > 1:
-            b_gA = _load_state(p_gA + n * (4 * BC), m_state, BC)
-        tl.store(p_row + n, tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
-    tl.store(p_row + N, tl.sum(b_gD, 1), mask=m_c)
-    tl.store(p_row + (N + 1), tl.sum(b_gbias, 1), mask=m_c)
+def _store_parameters(p_row, b_gA, b_gD, b_gbias, m_c):
+    """Write a route's gradients of A, D and bias for each channel, summed over this program's lanes."""
+    tl.store(p_row, tl.sum(b_gA, 1) * (_LN2 * _LN2), mask=m_c)
+    tl.store(p_row + 1, tl.sum(b_gD, 1), mask=m_c)
+    tl.store(p_row + 2, tl.sum(b_gbias, 1), mask=m_c)
 
 
 @_kernel
 def selective_scan_bwd_kernel(
     p_gy, p_x, p_dt, p_rows, p_weight, p_bias, p_A, p_D, p_table, p_states, p_entries, p_tiles, p_adjoints, p_sums,
-    p_partial, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial, p_scratch,
+    p_partial, p_gx, p_gdt, p_grows, p_gweight, p_gparams, p_ginitial,
     n_lanes, length, segments, segment_tiles, slots, dim,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
     height, width, magic, shift, n_routes, routes, images, add, done,
-    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, FORWARD: tl.constexpr, REVERSED: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
@@ -272,9 +222,9 @@ def selective_scan_bwd_kernel(
 
     Grid (E / BC, lanes / 4), one warp. On chip: the forward
     route's adjoint state and the reversed route's state; the other two enter each tile from ``p_tiles`` and
-    ``p_adjoints``. With N > 1 both, and the sums of gA, wait in ``p_scratch`` (L1) between tiles.
+    ``p_adjoints``.
     Sums over channels go to ``p_grows`` ([grid 0, B, L, K, ROW]: gdt, gB, gC), sums over lanes to ``p_gparams``
-    ([grid 1, K, E, N + 2]: gA, gD, gbias) and ``p_gweight`` ([grid 1, K, E, BR], where it also waits between tiles if
+    ([grid 1, K, E, 3]: gA, gD, gbias) and ``p_gweight`` ([grid 1, K, E, BR], where it also waits between tiles if
     it would take too many registers); all are added up outside, in a fixed order.
     """
     k_f = _route(routes, 0)
@@ -282,7 +232,6 @@ def selective_scan_bwd_kernel(
     path = _path(p_table, routes, 0, k_f, length, height, width, magic, shift)
     o_b, o_segment, _, o_end = _lanes(tl.arange(0, 4), n_lanes, segments, segment_tiles * STEPS, length, INDEX)
     dtype: tl.constexpr = p_x.dtype.element_ty
-    i_program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_tile = (o_b * segments + o_segment) * segment_tiles * dim
     o_pathf = o_b * n_routes + k_f
     o_pathr = o_b * n_routes + k_r
@@ -290,15 +239,15 @@ def selective_scan_bwd_kernel(
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
-    o_slot = (tl.arange(0, 4) * BC)[:, None, None] + o_sc[None, :, :] - tl.program_id(0) * BC
-    p_slot = p_scratch + i_program * (4 * N * 4 * BC) + o_slot  # q of the forward route, h of the other, both gA
-    p_tile = p_tiles + (o_tile * N)[:, None, None] + o_sc[None, :, :]
-    p_adjoint = p_adjoints + (o_tile * N)[:, None, None] + o_sc[None, :, :]
+    p_tile = p_tiles + o_tile[:, None, None] + o_sc[None, :, :]
+    p_adjoint = p_adjoints + o_tile[:, None, None] + o_sc[None, :, :]
     p_sum = p_sums + o_tile[:, None, None] + o_sc[None, :, :]
-    p_entryf = p_entries + ((o_pathf * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
-    p_entryr = p_entries + ((o_pathr * segments + o_segment) * N * dim)[:, None, None] + o_sc[None, :, :]
-    o_ef, b_biasf, b_Af, b_wf = _parameters(p_weight, p_bias, p_A, k_f, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
-    o_er, b_biasr, b_Ar, b_wr = _parameters(p_weight, p_bias, p_A, k_r, o_c, m_c, dim, N, BR, RANK, LOW_RANK, dtype)
+    p_entryf = p_entries + ((o_pathf * segments + o_segment) * dim)[:, None, None] + o_sc[None, :, :]
+    p_entryr = p_entries + ((o_pathr * segments + o_segment) * dim)[:, None, None] + o_sc[None, :, :]
+    o_ef, b_biasf, b_wf = _parameters(p_weight, p_bias, k_f, o_c, m_c, dim, BR, RANK, LOW_RANK, dtype)
+    b_Af = tl.load(p_A + o_ef, mask=m_c, other=0.0)
+    o_er, b_biasr, b_wr = _parameters(p_weight, p_bias, k_r, o_c, m_c, dim, BR, RANK, LOW_RANK, dtype)
+    b_Ar = tl.load(p_A + o_er, mask=m_c, other=0.0)
     b_D = tl.zeros((BC,), dtype=tl.float32)
     if FORWARD:
         b_D += tl.load(p_D + o_ef, mask=m_c, other=0.0)
@@ -309,19 +258,13 @@ def selective_scan_bwd_kernel(
     b_entry = tl.zeros((BC, 4), dtype=tl.float32)
     b_gAf = tl.zeros((BC, 4), dtype=tl.float32)
     b_gAr = tl.zeros((BC, 4), dtype=tl.float32)
-    for n in (tl.static_range if N == 1 else range)(N):
-        if FORWARD and ENTRY:
-            b_q = _load_state(p_entryf + n * dim, m_state, BC)
-        if REVERSED:
-            p_state = p_states + ((o_pathr * slots + o_last) * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
-            b_h = _load_state(p_state, m_state, BC) * _LOG2E
-            if TWO_LEVEL:
-                b_entry = _load_state(p_entryr + n * dim, m_state, BC)
-        if N > 1:
-            _store_state(p_slot + n * (4 * BC), b_q, m_state, BC)
-            _store_state(p_slot + (N + n) * (4 * BC), b_h, m_state, BC)
-            _store_state(p_slot + (2 * N + n) * (4 * BC), b_gAf, m_state, BC)
-            _store_state(p_slot + (3 * N + n) * (4 * BC), b_gAr, m_state, BC)
+    if FORWARD and ENTRY:
+        b_q = _load_state(p_entryf, m_state, BC)
+    if REVERSED:
+        p_state = p_states + ((o_pathr * slots + o_last) * dim)[:, None, None] + o_sc[None, :, :]
+        b_h = _load_state(p_state, m_state, BC) * _LOG2E
+        if TWO_LEVEL:
+            b_entry = _load_state(p_entryr, m_state, BC)
     b_gD = tl.zeros((BC, 4), dtype=tl.float32)
     b_gbiasf = tl.zeros((BC, 4), dtype=tl.float32)
     b_gbiasr = tl.zeros((BC, 4), dtype=tl.float32)
@@ -343,26 +286,25 @@ def selective_scan_bwd_kernel(
         b_gy = _load_tile(p_gy, o_map, m_map, BC, STEPS)
         b_sum = tl.zeros((BC, 4), dtype=tl.float32)
         if FORWARD:
-            b_hf = _load_state(p_tile + tile * N * dim, m_state, BC)
+            b_hf = _load_state(p_tile + tile * dim, m_state, BC)
         if REVERSED:
-            b_qr = _load_state(p_adjoint + tile * N * dim, m_state, BC)
+            b_qr = _load_state(p_adjoint + tile * dim, m_state, BC)
             if TWO_LEVEL:
                 b_sum = _load_state(p_sum + tile * dim, m_state, BC)
                 b_qr += tl.exp2(b_sum * b_Ar[:, None]) * b_entry
         b_gD += _sum_time(b_gy * b_x, BC)
         b_gx = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
-        # A row of p_grows: R entries of gdt (none for full-rank steps), N of gB, N of gC.
+        # A row of p_grows: R entries of gdt (none for full-rank steps), gB, gC.
         o_grow = ((tl.program_id(0).to(INDEX) * images + o_nb) * length + o_np) * n_routes
         if FORWARD:
-            b_rows, b_bc, b_s = _load_route(
+            b_rows, b_s = _load_route(
                 p_dt, p_rows, k_f, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wf, b_biasf,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
+                BC, BR, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
-            b_q, b_gAf, b_gx, b_gs, b_low, b_gbc = _route_gradients(
-                p_A, o_ef, m_c, m_state, p_tile + tile * N * dim, p_slot, p_slot + 2 * N * (4 * BC), p_entryf,
-                b_sum, b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                N, BC, BR, BN, RANK, STEPS, False, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+            b_q, b_gAf, b_gx, b_gs, b_low = _route_gradients(
+                b_Af, b_hf, b_q, b_gAf, b_wf, b_s, b_rows, b_x, b_gy, b_gx, m_t,
+                BC, BR, RANK, STEPS, False, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
             )  # fmt: skip
             b_gbiasf += _sum_time(b_gs, BC)
             p_grow = p_grows + (o_grow + k_f) * ROW
@@ -376,23 +318,16 @@ def selective_scan_bwd_kernel(
                 o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_f) * dim
                 p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
                 tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
-            if N == 1:
-                _store_rows(p_grow, b_low, m_t, RANK + 2)
-            else:
-                _store_rows(p_grow + RANK, b_gbc, m_t, 2 * N)
-                if LOW_RANK:
-                    _store_rows(p_grow, b_low, m_t, RANK)
+            _store_rows(p_grow, b_low, m_t, RANK + 2)
         if REVERSED:
-            b_rows, b_bc, b_s = _load_route(
+            b_rows, b_s = _load_route(
                 p_dt, p_rows, k_r, o_nb, o_np, m_t, o_mb, o_mp, o_sc, m_map, b_wr, b_biasr,
                 stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-                N, BC, BR, BN, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
+                BC, BR, RANK, ALIGN, STEPS, LOW_RANK, PRECISION, INDEX,
             )  # fmt: skip
-            b_h, b_gAr, b_gx, b_gs, b_low, b_gbc = _route_gradients(
-                p_A, o_er, m_c, m_state, p_adjoint + tile * N * dim, p_slot + N * (4 * BC),
-                p_slot + 3 * N * (4 * BC), p_entryr,
-                b_sum, b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_bc, b_x, b_gy, b_gx, m_t, dim,
-                N, BC, BR, BN, RANK, STEPS, True, TWO_LEVEL, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
+            b_h, b_gAr, b_gx, b_gs, b_low = _route_gradients(
+                b_Ar, b_qr, b_h, b_gAr, b_wr, b_s, b_rows, b_x, b_gy, b_gx, m_t,
+                BC, BR, RANK, STEPS, True, LOW_RANK, SOFTPLUS, EVEN, EXACT, PRECISION, DOT,
             )  # fmt: skip
             b_gbiasr += _sum_time(b_gs, BC)
             p_grow = p_grows + (o_grow + k_r) * ROW
@@ -406,34 +341,20 @@ def selective_scan_bwd_kernel(
                 o_gdt = ((o_mb[:, None] * length + o_mp) * n_routes + k_r) * dim
                 p_gd = p_gdt + o_gdt[:, None, :, None] + o_sc[None, :, None, :]
                 tl.store(p_gd, _to_map(b_gs, BC, STEPS).to(p_gdt.dtype.element_ty), mask=m_map)
-            if N == 1:
-                _store_rows(p_grow, b_low, m_t, RANK + 2)
-            else:
-                _store_rows(p_grow + RANK, b_gbc, m_t, 2 * N)
-                if LOW_RANK:
-                    _store_rows(p_grow, b_low, m_t, RANK)
+            _store_rows(p_grow, b_low, m_t, RANK + 2)
         b_gx = b_gx * _LN2 + b_gy * b_D[:, None]
         b_gx += _load_tile(p_partial, o_map, _if(add, m_map), BC, STEPS)
         b_gx = _to_map(b_gx, BC, STEPS)
         tl.store(p_partial + o_map, b_gx.to(p_partial.dtype.element_ty), mask=_if(1 - done, m_map))
         tl.store(p_gx + o_map, b_gx.to(p_gx.dtype.element_ty), mask=_if(done, m_map))
     if FORWARD:
-        _store_parameters(
-            p_gparams + (o_param + k_f * dim) * (N + 2), b_gAf, b_gD, b_gbiasf, p_slot + 2 * N * (4 * BC),
-            o_c, m_c, m_state, N, BC,
-        )  # fmt: skip
+        _store_parameters(p_gparams + (o_param + k_f * dim + o_c) * 3, b_gAf, b_gD, b_gbiasf, m_c)
         if LOW_RANK and BR == 16:
             tl.store(p_gwf, b_gwf, mask=m_c[:, None])
         if KEEP_INITIAL and not TWO_LEVEL:
-            for n in (tl.static_range if N == 1 else range)(N):
-                if N > 1:
-                    b_q = _load_state(p_slot + n * (4 * BC), m_state, BC)
-                p_first = p_ginitial + (o_pathf * dim * N + n)[:, None, None] + (o_sc * N)[None, :, :]
-                _store_state(p_first, b_q, m_state, BC)
+            p_first = p_ginitial + (o_pathf * dim)[:, None, None] + o_sc[None, :, :]
+            _store_state(p_first, b_q, m_state, BC)
     if REVERSED:
-        _store_parameters(
-            p_gparams + (o_param + k_r * dim) * (N + 2), b_gAr, b_gD, b_gbiasr, p_slot + 3 * N * (4 * BC),
-            o_c, m_c, m_state, N, BC,
-        )  # fmt: skip
+        _store_parameters(p_gparams + (o_param + k_r * dim + o_c) * 3, b_gAr, b_gD, b_gbiasr, m_c)
         if LOW_RANK and BR == 16:
             tl.store(p_gwr, b_gwr, mask=m_c[:, None])

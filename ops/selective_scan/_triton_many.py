@@ -97,8 +97,12 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     length = height * width
     chunks = triton.cdiv(length, CHUNK)
     blocks = triton.cdiv(dim, config.block)
-    wanted = config.waves * _triton.multiprocessor_count(call.x.device) * LANES / (blocks * n_routes * batch)
-    segment_chunks = max(1, min(chunks, round(chunks / wanted)))
+    programs = blocks * n_routes * triton.cdiv(batch, LANES)  # if each image is one segment
+    wanted = config.waves * _triton.multiprocessor_count(call.x.device)
+    segment_chunks = chunks
+    if programs < wanted / 2:  # below, a pass more costs less than multiprocessors that wait
+        lanes_wanted = wanted * LANES / (blocks * n_routes)
+        segment_chunks = max(1, min(chunks, round(chunks * batch / lanes_wanted)))
     segments = triton.cdiv(chunks, segment_chunks)
     padded = segments * segment_chunks * CHUNK
     lanes = batch * segments

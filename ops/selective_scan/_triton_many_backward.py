@@ -89,9 +89,7 @@ def selective_scan_many_bwd_kernel(
     o_c, o_sc = _channels(tl.program_id(0), BC)
     m_c = _in_channels(tl.full((BC,), True, tl.int1), o_c, dim, EVEN_C)
     m_state = _in_channels((o_end > 0)[:, None, None], o_sc[None, :, :], dim, EVEN_C)
-    o_e, b_bias, _b_A, b_w = _parameters(
-        p_weight, p_bias, p_A, k, o_c, m_c, dim, N, BR, RANK, LOW_RANK, p_dt.dtype.element_ty
-    )
+    o_e, b_bias, b_w = _parameters(p_weight, p_bias, k, o_c, m_c, dim, BR, RANK, LOW_RANK, p_dt.dtype.element_ty)
     b_D = tl.load(p_D + o_e, mask=m_c, other=0.0)
     tiles: tl.constexpr = CHUNK // STEPS
     size: tl.constexpr = N * 4 * BC

@@ -41,10 +41,10 @@ class Config(NamedTuple):
 _CONFIGS = {
     ("forward", "one state"): Config(block=16, steps=8, waves=64, stages=3),
     ("forward", "one state, long rows"): Config(block=16, steps=8, waves=64, stages=3),
-    ("forward", "many states"): Config(block=16, steps=8, waves=4, stages=1),
+    ("forward", "several states"): Config(block=16, steps=8, waves=8, stages=1),
     ("backward", "one state"): Config(block=16, steps=8, waves=64, stages=1),
     ("backward", "one state, long rows"): Config(block=16, steps=4, waves=64, stages=1),
-    ("backward", "many states"): Config(block=16, steps=8, waves=4, stages=1),
+    ("backward", "several states"): Config(block=16, steps=8, waves=8, stages=1),
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
@@ -65,7 +65,7 @@ def rank_of(call: ScanCall) -> int:
 def default_config(which: str, call: ScanCall) -> Config:
     """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
     if call.A.shape[-1] > 1:
-        return _CONFIGS[which, "many states"]
+        return _CONFIGS[which, "several states"]
     return _CONFIGS[which, "one state" if rank_of(call) + 2 <= 16 else "one state, long rows"]
 
 
@@ -160,7 +160,7 @@ def plan_for(
 
 def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     batch, height, width, dim = call.x.shape
-    state, n_routes = call.A.shape[-1], len(call.routes)
+    n_routes = len(call.routes)
     length = height * width
     chunks = triton.cdiv(length, CHUNK)
     blocks = triton.cdiv(dim, config.block)
@@ -171,21 +171,19 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     lanes = batch * segments
     lane_programs = triton.cdiv(lanes, LANES)
     rank = rank_of(call)
-    row = 8 * triton.cdiv(rank + 2 * state, 8)  # packed gradients, in rows that can be written 16 bytes wide
+    row = 8 * triton.cdiv(rank + 2, 8)  # packed gradients, in rows that can be written 16 bytes wide
     # Offsets into x, dt, packed rows of gradients for each channel block, and states.
     largest = max(
         batch * length * dim,
         batch * length * n_routes * max(call.dt.shape[-1], blocks * row),
-        batch * n_routes * (chunks + 1) * dim * state,
-        2 * batch * segments * segment_tiles * dim * state,
+        batch * n_routes * (chunks + 1) * dim,
+        2 * batch * segments * segment_tiles * dim,
         *map(extent, inputs.tensors),
     )
     align = alignment(inputs.rows)
     meta = {
-        "N": state,
         "BC": config.block,
-        "BR": max(16, triton.next_power_of_2(rank + 2 if state == 1 else rank)),
-        "BN": max(16, triton.next_power_of_2(2 * state)),
+        "BR": max(16, triton.next_power_of_2(rank + 2)),
         "RANK": rank,
         "ROW": row,
         "ALIGN": align,
@@ -207,7 +205,7 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     row_strides = (stride // align for stride in strides_of(inputs.rows))
     return Plan(
         groups=groups,
-        batches=_batches(groups, 2 if state == 1 else 1),
+        batches=_batches(groups),
         block=config.block,
         segments=segments,
         tiles=segments * segment_tiles,
@@ -231,12 +229,12 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     )
 
 
-def _batches(groups: list[Group], size: int) -> list[list[Group]]:
-    """Groups whose states are computed in one launch: up to ``size`` with the same directions."""
+def _batches(groups: list[Group]) -> list[list[Group]]:
+    """Groups whose states are computed in one launch: up to two with the same directions."""
     batches = []
     for _, same in itertools.groupby(groups, key=lambda group: group.directions):
         members = list(same)
-        batches += [members[start : start + size] for start in range(0, len(members), size)]
+        batches += [members[start : start + 2] for start in range(0, len(members), 2)]
     return batches
 
 

@@ -8,10 +8,18 @@ from subquad.ops.selective_scan._triton_tiles import _kernel
 
 @_kernel
 def selective_scan_bwd_kernel_rows(
-    p_grows, p_gdt, p_gB, p_gC, rows, programs,
-    N: tl.constexpr, RANK: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """Sum [programs, rows, ROW] over programs, in order, and part it into gradients of dt (rows, R), B and C (rows, N).
+    p_grows,
+    p_gdt,
+    p_gB,
+    p_gC,
+    rows,
+    programs,
+    RANK: tl.constexpr,
+    ROW: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Sum [programs, rows, ROW] over programs, in order, and part it into gradients of dt (rows, R), B and C (rows).
 
     Grid (rows / BT).
     """
@@ -25,10 +33,9 @@ def selective_scan_bwd_kernel_rows(
         p_row += rows.to(tl.int64) * ROW
     b = b.to(p_gB.dtype.element_ty)
     tl.store(p_gdt + (o_t * RANK)[:, None] + o_w[None, :], b, mask=m_t & (o_w < RANK)[None, :])
-    o_n = o_w - RANK
-    tl.store(p_gB + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])
-    o_n = o_n - N
-    tl.store(p_gC + (o_t * N)[:, None] + o_n[None, :], b, mask=m_t & ((o_n >= 0) & (o_n < N))[None, :])
+    o_none = tl.zeros((1, BW), tl.int32)
+    tl.store(p_gB + o_t[:, None] + o_none, b, mask=m_t & (o_w == RANK)[None, :])
+    tl.store(p_gC + o_t[:, None] + o_none, b, mask=m_t & (o_w == RANK + 1)[None, :])
 
 
 @_kernel

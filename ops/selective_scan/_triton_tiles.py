@@ -251,47 +251,46 @@ def _store_rows(p_grow, b, m_t, WIDTH: tl.constexpr):
 
 @triton.jit
 def _parameters(
-    p_weight, p_bias, p_A, k, o_c, m_c, dim,
-    N: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, LOW_RANK: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Offsets [BC] of a route's channels, their bias, decays (of the only state) and weight [BC, BR]."""
+    p_weight,
+    p_bias,
+    k,
+    o_c,
+    m_c,
+    dim,
+    BR: tl.constexpr,
+    RANK: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Offsets [BC] of a route's channels, their bias, and weight [BC, BR]."""
     o_e = k * dim + o_c
     b_bias = tl.load(p_bias + o_e, mask=m_c, other=0.0) * _LOG2E
-    b_A = tl.load(p_A + o_e * N, mask=m_c, other=0.0)
     b_w = tl.zeros((1, 1), dtype)
     if LOW_RANK:
         o_r = tl.arange(0, BR)
         m_w = (o_r < RANK)[None, :] & m_c[:, None]
         b_w = (tl.load(p_weight + o_e[:, None] * RANK + o_r[None, :], mask=m_w, other=0.0) * _LOG2E).to(dtype)
-    return o_e, b_bias, b_A, b_w
+    return o_e, b_bias, b_w
 
 
 @triton.jit
 def _load_route(
     p_dt, p_rows, k, o_b, o_p, m_t, o_mb, o_mp, o_mc, m_map, b_w, b_bias,
     stride_dt_b, stride_dt_p, stride_dt_k, stride_row_b, stride_row_p, stride_row_k,
-    N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, LOW_RANK: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """What a route says about a tile: its packed rows [BR, 4 * STEPS], those with B and C [BN, 4 * STEPS], raw steps
-    [BC, 4 * STEPS]."""
+    """What a route says about a tile: its packed rows [BR, 4 * STEPS] and raw steps [BC, 4 * STEPS]."""
     # Strides come divided by ALIGN: that lets the compiler see how wide it can load.
     o_row = (o_b * stride_row_b + k.to(INDEX) * stride_row_k + o_p.to(INDEX) * stride_row_p) * ALIGN
-    if N == 1:
-        b_rows = _load_rows(p_rows, o_row, m_t, RANK + 2, BR)
-        b_bc = b_rows
-    else:
-        b_bc = _load_rows(p_rows, o_row + RANK, m_t, 2 * N, BN)
-        b_rows = b_bc
-        if LOW_RANK:
-            b_rows = _load_rows(p_rows, o_row, m_t, RANK, BR)
+    b_rows = _load_rows(p_rows, o_row, m_t, RANK + 2, BR)
     if LOW_RANK:
         b_s = tl.dot(b_w, b_rows, acc=tl.broadcast_to(b_bias[:, None], (BC, 4 * STEPS)), input_precision=PRECISION)
     else:
         o_dt = (o_mb * stride_dt_b + k.to(INDEX) * stride_dt_k)[:, None] + o_mp.to(INDEX) * stride_dt_p
         b_dt = _load_tile(p_dt, o_dt[:, None, :, None] + o_mc[None, :, None, :], m_map, BC, STEPS)
         b_s = b_dt * _LOG2E + b_bias[:, None]
-    return b_rows, b_bc, b_s
+    return b_rows, b_s
 
 
 @triton.jit
@@ -305,13 +304,13 @@ def _steps(b_s, m_t, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.const
 
 
 @triton.jit
-def _select(b_rows, column, N: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows ``column`` and ``column + N`` of ``b_rows``, each repeated for all channels: [BC, 4 * STEPS] in float32.
+def _select(b_rows, column, BC: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows ``column`` and ``column + 1`` of ``b_rows``, each repeated for all channels: [BC, 4 * STEPS] in float32.
 
     One product with unit vectors is exact and arrives in the layout of the step sizes. Loading the two columns would
     touch every packed row's cache line again.
     """
-    o_unit = column + tl.arange(0, 16) // 8 * N
+    o_unit = column + tl.arange(0, 16) // 8
     b_unit = tl.where(o_unit[:, None] == tl.arange(0, b_rows.shape[0])[None, :], 1.0, 0.0).to(b_rows.dtype)
     b = tl.dot(b_unit, b_rows, input_precision=PRECISION)
     b_B, b_C = tl.split(tl.permute(tl.reshape(b, (2, 8, b.shape[1])), (1, 2, 0)))

@@ -15,7 +15,7 @@ first pass starts from zero, ``chain`` carries states from segment to segment, a
 decay since the segment's end: exp(A * sum of steps) * entering state. The backward pass is the same with adjoint
 states: the first pass walks from the start, the gradient pass from the end.
 
-Limits: made for N <= 16; groups of channels run in PyTorch.
+This is the scan with one state; for several see _triton_many.py. Groups of channels run in PyTorch.
 Bytes, floors and measurements: tools/benchmarks/NOTES.md.
 """
 
@@ -39,7 +39,6 @@ from subquad.ops.selective_scan._triton_forward import (
     selective_scan_fwd_kernel_states,
 )
 from subquad.ops.selective_scan._triton_plan import (
-    LANES,
     Config,
     Plan,
     by_channel,
@@ -61,22 +60,22 @@ from subquad.ops.selective_scan.call import Gradients, ScanCall
 class _Between(NamedTuple):
     """What the passes of a call hand to each other, in float32; not there when nothing is handed."""
 
-    tiles: Tensor  # (groups, B, tiles, N, E): state that enters each tile
+    tiles: Tensor  # (groups, B, tiles, E): state that enters each tile
     sums: Tensor  # (groups, B, tiles, E): steps since the segment's start of the walk
-    ends: Tensor  # (B, K, segments, N, E): state that leaves each segment when it starts from zero
+    ends: Tensor  # (B, K, segments, 1, E): state that leaves each segment when it starts from zero
     totals: Tensor  # (B, K, segments, E): sum of a segment's steps
 
 
-def _between(x: Tensor, plan: Plan, n_routes: int, state: int) -> _Between:
+def _between(x: Tensor, plan: Plan, n_routes: int) -> _Between:
     batch, dim = x.shape[0], x.shape[-1]
     groups = plan.groups_at_once if any(group.reversed >= 0 for group in plan.groups) else 0
-    tiles = scratch(x, max(1, groups), batch, plan.tiles if groups else 0, state, dim)
+    tiles = scratch(x, max(1, groups), batch, plan.tiles if groups else 0, dim)
     if not plan.two_level:
         return _Between(tiles, tiles, tiles, tiles)
     return _Between(
         tiles,
-        scratch(x, *tiles.shape[:3], dim),
-        scratch(x, batch, n_routes, plan.segments, state, dim),
+        torch.empty_like(tiles),
+        scratch(x, batch, n_routes, plan.segments, 1, dim),
         scratch(x, batch, n_routes, plan.segments, dim),
     )
 
@@ -112,14 +111,13 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     inputs = kernel_inputs(call)
     plan = plan_for("forward", call, inputs, config, on_new=lambda: _compile_ahead(call, config))
     x, meta = inputs.x, plan.meta
-    batch, dim, n_routes, state = x.shape[0], x.shape[-1], len(call.routes), meta["N"]
+    batch, dim, n_routes = x.shape[0], x.shape[-1], len(call.routes)
 
     table = x if call.table is None else call.table.contiguous()
     y = torch.empty_like(x, dtype=call.out_dtype)
     partial = y if len(plan.groups) == 1 or y.dtype == torch.float32 else scratch(x, *x.shape)
-    states = scratch(x, batch, n_routes, plan.sizes[4], dim, state)
-    between = _between(x, plan, n_routes, state)
-    waiting = scratch(x, 4 * plan.grid[0] * plan.grid[1], state, LANES, plan.block) if state > 1 else x
+    states = scratch(x, batch, n_routes, plan.sizes[4], dim, 1)
+    between = _between(x, plan, n_routes)
     given = by_channel(call.initial_state)
     has_given = given is not None
     given = states if given is None else given
@@ -137,7 +135,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     selective_scan_fwd_kernel_states,
                     (*plan.grid, len(groups)),
                     (
-                        *shared, table, given, *between, states, waiting,
+                        *shared, table, given, *between, states,
                         *plan.sizes, pack_routes(groups), batch,
                     ),
                     {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -156,7 +154,7 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
                     (*plan.grid, 1),
                     (
                         *shared, inputs.D, table, entries, *_of_group(between, i), states,
-                        partial, y, waiting, *plan.sizes, pack_routes([group]),
+                        partial, y, *plan.sizes, pack_routes([group]),
                         int(number > 0), int(number == len(plan.groups) - 1),
                     ),
                     {**meta, **directions, "ENTRY": plan.two_level or has_given},
@@ -182,7 +180,7 @@ def _backward(
     plan = plan_for("backward", call, inputs, config, states, grad_y, grad_last_state)
     x, meta = inputs.x, plan.meta
     batch, height, width, dim = x.shape
-    n_routes, state, rank = len(call.routes), meta["N"], meta["RANK"]
+    n_routes, rank = len(call.routes), meta["RANK"]
     blocks, lane_programs = plan.grid
     low_rank = call.dt_weight is not None
 
@@ -193,15 +191,14 @@ def _backward(
     # One partial sum a channel block. bfloat16 where the sum has no more bits in the end: half the bytes.
     rows_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     rows = x.new_empty((blocks, batch * height * width * n_routes, meta["ROW"]), dtype=rows_dtype)
-    params = scratch(x, lane_programs, n_routes, dim, state + 2)
+    params = scratch(x, lane_programs, n_routes, dim, 3)
     weights = scratch(x, lane_programs, n_routes, dim, meta["BR"]) if low_rank else params
     grad_A, grad_D, grad_bias = torch.empty_like(inputs.A), torch.empty_like(inputs.D), torch.empty_like(inputs.bias)
     grad_weight = torch.empty_like(inputs.weight)
     grad_initial = None if call.initial_state is None else scratch(x, *call.initial_state.shape)
     keep = grad_initial is not None
-    between = _between(x, plan, n_routes, state)
-    state_tiles = scratch(x, plan.groups_at_once, batch, plan.tiles, state, dim)
-    waiting = scratch(x, 6 * blocks * lane_programs, state, LANES, plan.block) if state > 1 else x
+    between = _between(x, plan, n_routes)
+    state_tiles = scratch(x, plan.groups_at_once, batch, plan.tiles, dim)
     given = by_channel(grad_last_state)
     has_given = given is not None
     given = states if given is None else given
@@ -219,7 +216,7 @@ def _backward(
                 selective_scan_bwd_kernel_states,
                 (*plan.grid, len(groups)),
                 (
-                    *shared, table, states, given, state_tiles, *between, initial, waiting,
+                    *shared, table, states, given, state_tiles, *between, initial,
                     *plan.sizes, pack_routes(groups), batch,
                 ),
                 {**meta, **directions, "ENTRY": has_given and not plan.two_level},
@@ -227,7 +224,7 @@ def _backward(
             if plan.two_level:
                 entries = chain(
                     plan.launch, inputs.A, between.ends, between.totals, given if has_given else None, grad_initial,
-                    dim * state, plan.routes("forward"),
+                    dim, plan.routes("forward"),
                 )  # fmt: skip
             for i, group in enumerate(groups):
                 number = first + i
@@ -238,7 +235,7 @@ def _backward(
                     (
                         *shared, inputs.D, table, states, entries, state_tiles[i],
                         *_of_group(between, i), partial, grad_x, grad_dt, rows, weights,
-                        params, initial, waiting, *plan.sizes, pack_routes([group]), batch,
+                        params, initial, *plan.sizes, pack_routes([group]), batch,
                         int(number > 0), int(number == len(plan.groups) - 1),
                     ),
                     {
@@ -252,7 +249,6 @@ def _backward(
             (triton.cdiv(rows.shape[1], 32), 1, 1),
             (rows, grad_dt, grad_B, grad_C, rows.shape[1], blocks),
             {
-                "N": state,
                 "RANK": rank,
                 "ROW": meta["ROW"],
                 "BT": 32,
@@ -264,9 +260,9 @@ def _backward(
         plan.launch(
             "parameters",
             selective_scan_bwd_kernel_parameters,
-            (triton.cdiv(channels * (max(state + 2, meta["BR"]) if low_rank else state + 2), block), 1 + low_rank, 1),
+            (triton.cdiv(channels * (meta["BR"] if low_rank else 3), block), 1 + low_rank, 1),
             (params, weights, grad_A, grad_D, grad_bias, grad_weight, lane_programs, channels),
-            {"N": state, "RANK": rank, "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
+            {"N": 1, "RANK": rank, "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
         )
     return (
         grad_x,
