@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
     selective_scan_bwd_kernel_states,
@@ -120,10 +120,10 @@ def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
 def _compile_ahead(call: ScanCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.x.device):
+    with _compile.compiling_ahead(call.x.device):
         y, states = _forward(meta, config)
     if call.x.requires_grad:
-        with _triton.compiling_ahead(call.x.device, urgent=False):
+        with _compile.compiling_ahead(call.x.device, urgent=False):
             _backward(meta, states, y, None, default_config("backward", call))
 
 
