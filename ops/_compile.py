@@ -325,7 +325,11 @@ def _workers() -> _Workers | None:
 
 
 def _most_workers() -> int:
-    """Processes to compile in: ``SUBQUAD_COMPILE_WORKERS``, or as many as help."""
+    """Processes to compile in: ``SUBQUAD_COMPILE_WORKERS``, or as many as help.
+
+    Raises:
+        ValueError: if the variable is no number.
+    """
     import triton
 
     # A frozen program is its own sys.executable, and would run again; poll and pass_fds are POSIX.
@@ -333,8 +337,11 @@ def _most_workers() -> int:
         return 0
     if not hasattr(triton, "AsyncCompileMode") or triton.knobs.compilation.always_compile:
         return 0
-    if "SUBQUAD_COMPILE_WORKERS" in os.environ:
-        return int(os.environ["SUBQUAD_COMPILE_WORKERS"])
+    given = os.environ.get("SUBQUAD_COMPILE_WORKERS")
+    if given is not None:
+        if not given.isdecimal():
+            raise ValueError(f"SUBQUAD_COMPILE_WORKERS: expected a number of processes, got {given!r}")
+        return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: the processes of this host compile the same
+    cores //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's processes on this host compile the same
     return min(cores, 16) if cores >= 4 else 0

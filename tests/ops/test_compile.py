@@ -299,11 +299,8 @@ def test_workers_end_with_the_process_that_started_them(write: Callable[..., Pat
     _wait_for(lambda: _is_gone(int(log.read_text())))
 
 
-@pytest.mark.parametrize(
-    ("parent", "triton_file", "answer"),
-    [(os.getpid(), triton.__file__, b"."), (1, triton.__file__, b"."), (os.getpid(), "another/triton", b"")],
-)
-def test_a_worker_ends_that_is_not_ours(parent: int, triton_file: str, answer: bytes) -> None:
+@pytest.mark.parametrize(("our_process", "our_triton"), [(True, True), (False, True), (True, False)])
+def test_a_worker_ends_that_is_not_ours(our_process: bool, our_triton: bool) -> None:
     """Its input is open, as it is where a fork of the process that started it lives on."""
     answers, theirs = os.pipe()
     process = subprocess.Popen(
@@ -312,10 +309,11 @@ def test_a_worker_ends_that_is_not_ours(parent: int, triton_file: str, answer: b
     os.close(theirs)
     with process, open(answers, "rb", buffering=0) as stream:
         assert process.stdin is not None
-        pickle.dump((parent, sys.path, triton_file, "key"), process.stdin)
+        parent, file = os.getpid() if our_process else 1, triton.__file__ if our_triton else "another/triton"
+        pickle.dump((parent, sys.path, file, "key"), process.stdin)
         process.stdin.flush()
-        assert stream.read(1) == answer
-        if (parent, triton_file) == (os.getpid(), triton.__file__):
+        assert stream.read(1) == (b"." if our_triton else b"")
+        if our_process and our_triton:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=1.5)
             process.kill()
@@ -345,6 +343,13 @@ def test_workers_are_as_many_as_help(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert _compile._most_workers() == expected
+
+
+@pytest.mark.parametrize("value", ["", "-1", "many"])
+def test_a_wrong_number_of_workers_is_an_error(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBQUAD_COMPILE_WORKERS", value)
+    with pytest.raises(ValueError, match=f"SUBQUAD_COMPILE_WORKERS.*'{value}'"):
+        _compile._most_workers()
 
 
 def test_a_frozen_program_starts_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
