@@ -7,16 +7,15 @@ import itertools
 import json
 import math
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from subquad.ops import _compile
+from subquad.ops._compile import is_compiling_ahead
 
 _Config = TypeVar("_Config", bound="tuple[int, ...]")
 _Call = TypeVar("_Call", bound="tuple[Any, ...]")
@@ -46,7 +45,7 @@ def _installed() -> bool:
 
 def multiprocessor_count(device: torch.device) -> int:
     """Number of multiprocessors of a CUDA GPU; elsewhere 8, so that a large scan is cut into segments there too."""
-    return _multiprocessor_count(_ahead.device or device)
+    return _multiprocessor_count(_compile.device_ahead() or device)
 
 
 @cache
@@ -62,79 +61,6 @@ def shared_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16))
     return 2**31
-
-
-class _Ahead(threading.local):
-    device: torch.device | None = None
-    urgent = True
-
-
-_ahead = _Ahead()
-_jobs: dict[object, Future[None]] = {}
-
-
-@cache
-def _compilers(urgent: bool) -> ThreadPoolExecutor:
-    """Of kernels that a call waits for, or fewer threads for those of a later pass."""
-    threads = min(8 if urgent else 4, os.cpu_count() or 1)
-    return ThreadPoolExecutor(threads, thread_name_prefix="subquad-compile")
-
-
-@contextmanager
-def compiling_ahead(device: torch.device, urgent: bool = True) -> Iterator[None]:
-    """Inside, launchers made on this thread launch nothing: they start to compile, for ``device``, in the background.
-
-    A pass that runs inside on meta tensors so has all of its kernels compiled at once, and while an earlier pass runs.
-
-    Args:
-        urgent: whether the pass is about to run, or comes later.
-    """
-    _ahead.device, _ahead.urgent = device, urgent
-    try:
-        yield
-    finally:
-        _ahead.device = None
-
-
-def is_compiling_ahead() -> bool:
-    """Whether this thread is inside ``compiling_ahead``."""
-    return _ahead.device is not None
-
-
-def _compile(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device
-) -> None:
-    with _short_turns, torch.cuda.device(device):
-        kernel.warmup(*arguments, grid=grid, **options)
-
-
-class _ShortTurns:
-    """While any thread is inside, threads take turns each millisecond.
-
-    Triton leaves the interpreter for each operation that it adds to a kernel, and would come back in only after 5 ms
-    (``sys.getswitchinterval``) when another thread compiles too: seconds for a kernel.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._usual = 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._usual = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._usual, 0.001))
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                sys.setswitchinterval(self._usual)
-
-
-_short_turns = _ShortTurns()
 
 
 def _params(kernel: Any) -> Iterable[Any]:
@@ -164,7 +90,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
-        self._device = _ahead.device
+        self._device = _compile.device_ahead()
 
     def __call__(
         self, name: str, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: Mapping[str, Any]
@@ -183,15 +109,10 @@ class Launcher:
         device = self._device or next(value.device for value in arguments if isinstance(value, torch.Tensor))
         job = (kernel.__name__, device, constants, *options.values(), *map(_kind, arguments, _params(kernel)))
         if self._device is not None:
-            if job not in _jobs:
-                types = [value.dtype if isinstance(value, torch.Tensor) else value for value in arguments]
-                with suppress(RuntimeError):  # the interpreter is on its way out
-                    _jobs[job] = _compilers(_ahead.urgent).submit(
-                        _compile, kernel, grid, (*types, *constants), options, device
-                    )
+            if not interpreting():
+                _compile.start(job, kernel, (*arguments, *constants), options, device)
             return
-        if job in _jobs:
-            wait([_jobs[job]])  # and compile here what it could not
+        _compile.finish(job)
         compiled = kernel[grid](*arguments, *constants, **options)
         if compiled is not None:  # the interpreter compiles nothing
             self._known[name] = compiled[grid], constants

@@ -1,8 +1,12 @@
 """What the attention kernels in Triton share: rows of tokens at their places on a map, and softmax block by block."""
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
+
+if TYPE_CHECKING:  # the processes that compile kernels do without PyTorch
+    from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -100,18 +104,18 @@ def gradient_step(b_s, b_dp, b_lse, b_delta):
 # Before and after the kernels ------------------------------------------------------------------------------------
 
 
-def with_rows(x: Tensor) -> Tensor:
+def with_rows(x: "Tensor") -> "Tensor":
     """``x`` (B, H, W, heads, channels), copied if a pixel's number does not lead to its address by one stride."""
     if x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2] * x.stride(2)):
         return x.contiguous()
     return x
 
 
-def strides_of(x: Tensor) -> tuple[int, int, int]:
+def strides_of(x: "Tensor") -> tuple[int, int, int]:
     """Strides of an image, a pixel and a head of (B, H, W, heads, channels)."""
     return x.stride(0), x.stride(2) if x.shape[2] > 1 else x.stride(1), x.stride(3)
 
 
-def pad_gradient(pad: Tensor, partials: Tensor) -> Tensor:
+def pad_gradient(pad: "Tensor", partials: "Tensor") -> "Tensor":
     """The gradient of padding's key or value (heads, channels) from sums of programs; zeros if the map has none."""
     return partials.sum(0).to(pad.dtype) if partials.numel() else pad.new_zeros(pad.shape)

@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         torch.set_num_threads(threads)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
+        os.environ.setdefault("SUBQUAD_COMPILE_WORKERS", str(threads))
     if _interpreting():
         _check_interpreter()
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops.depthwise_conv._triton_kernels import (
     depthwise_conv_bwd_kernel,
     depthwise_conv_bwd_kernel_sums,
@@ -169,7 +169,7 @@ def _alignment(x: Tensor) -> int:
 def _compile_ahead(call: ConvCall) -> None:
     """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.x.device):
+    with _compile.compiling_ahead(call.x.device):
         y = forward(meta)
         if call.x.requires_grad or call.weight.requires_grad:
             backward(meta, y)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops.gated_linear_attention._triton_backward import gated_linear_attention_bwd_kernel
 from subquad.ops.gated_linear_attention._triton_forward import (
     gated_linear_attention_chain_kernel,
@@ -169,7 +169,7 @@ def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
 def _compile_ahead(call: GatedCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.q.device):
+    with _compile.compiling_ahead(call.q.device):
         out = _forward(meta, config)
         if any(value.requires_grad for value in call[:4]):
             _backward(meta, out, _default_config("backward", call))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops.neighborhood_attention._triton_backward import (
     neighborhood_attention_bwd_kernel_keys,
     neighborhood_attention_bwd_kernel_queries,
@@ -38,7 +38,7 @@ def _table(call: NeighborhoodCall) -> Tensor:
 def _compile_ahead(call: NeighborhoodCall) -> None:
     """Compile the kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.q.device):
+    with _compile.compiling_ahead(call.q.device):
         o, lse = _forward(meta, default_config("forward", call))
         if call.q.requires_grad:
             rows, *_ = _backward_queries(meta, o, lse, o, lse, default_config("queries", call))

@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops._triton_attention import pad_gradient, strides_of, with_rows
 from subquad.ops.region_attention._triton_kernels import (
     region_attention_bwd_kernel_keys,
@@ -166,7 +166,7 @@ def _make_plan(which: str, call: RegionCall, inputs: _Inputs, config: Config) ->
 def _compile_ahead(call: RegionCall) -> None:
     """Compile the kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.q.device):
+    with _compile.compiling_ahead(call.q.device):
         o, lse = _forward(meta, default_config("forward", call))
         if call.q.requires_grad:
             rows, *_ = _backward_queries(meta, o, o, lse, default_config("queries", call))

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.ops import _triton
-from subquad.ops.selective_scan._triton_chain import chain
+from subquad.ops import _compile, _triton
 from subquad.ops.selective_scan._triton_many_backward import (
     selective_scan_many_bwd_kernel,
     selective_scan_turn_back_kernel,
@@ -43,6 +42,7 @@ from subquad.ops.selective_scan._triton_plan import (
     Inputs,
     alignment,
     by_channel,
+    chain,
     division,
     dot_dtype,
     extent,
@@ -207,10 +207,10 @@ def _ends(
 def _compile_ahead(call: ScanCall, config: Config, backward_config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.x.device):
+    with _compile.compiling_ahead(call.x.device):
         y, states = forward(meta, config, backward_config)
     if call.x.requires_grad:
-        with _triton.compiling_ahead(call.x.device, urgent=False):
+        with _compile.compiling_ahead(call.x.device, urgent=False):
             backward(meta, states, y, None, backward_config)
 
 

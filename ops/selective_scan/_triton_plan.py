@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
+from subquad.ops.selective_scan._triton_chain import selective_scan_chain_kernel
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
@@ -330,3 +331,38 @@ def scratch(x: Tensor, *shape: int) -> Tensor:
 def dot_dtype(x: Tensor) -> tl.dtype:
     """Operands of the gradient products: bfloat16 holds any gradient's range; the interpreter cannot multiply it."""
     return tl.float32 if x.dtype == torch.float32 or _triton.interpreting() else tl.bfloat16
+
+
+def chain(
+    launch: _triton.Launcher,
+    A: Tensor,
+    ends: Tensor,
+    totals: Tensor,
+    given: Tensor | None,
+    last: Tensor | None,
+    stride: int,
+    reversed_routes: int,
+) -> Tensor:
+    """States that enter the segments (B, K, segments, N, E).
+
+    Args:
+        ends: (B, K, segments, N, E), state that leaves each segment when it starts from zero.
+        totals: (B, K, segments, E), sum of a segment's steps times log2(e).
+        given: (B, K, N, E), states that enter the first segments.
+        last: where the states that leave the last segments go, [E, N] at every ``stride`` numbers.
+        reversed_routes: bit mask of the routes walked from the last segment to the first.
+    """
+    batch, n_routes, segments, state, dim = ends.shape
+    entries = torch.empty_like(ends)
+    block = 32
+    launch(
+        "chain",
+        selective_scan_chain_kernel,
+        (batch * n_routes, triton.cdiv(dim * state, block), 1),
+        (
+            totals, A, ends, ends if given is None else given, entries, ends if last is None else last,
+            segments, stride, dim, n_routes, reversed_routes,
+        ),
+        {"N": state, "BS": 32, "BJ": block, "GIVEN": given is not None, "LAST": last is not None, "num_warps": 1},
+    )  # fmt: skip
+    return entries

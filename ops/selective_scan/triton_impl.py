@@ -27,13 +27,12 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
 from subquad.ops.selective_scan import _triton_many
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
     selective_scan_bwd_kernel_states,
 )
-from subquad.ops.selective_scan._triton_chain import chain
 from subquad.ops.selective_scan._triton_forward import (
     selective_scan_fwd_kernel,
     selective_scan_fwd_kernel_states,
@@ -42,6 +41,7 @@ from subquad.ops.selective_scan._triton_plan import (
     Config,
     Plan,
     by_channel,
+    chain,
     config_for,
     default_config,
     dot_dtype,
@@ -89,10 +89,10 @@ def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
 def _compile_ahead(call: ScanCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
     meta = _triton.on_meta(call)
-    with _triton.compiling_ahead(call.x.device):
+    with _compile.compiling_ahead(call.x.device):
         y, states = _forward(meta, config)
     if call.x.requires_grad:
-        with _triton.compiling_ahead(call.x.device, urgent=False):
+        with _compile.compiling_ahead(call.x.device, urgent=False):
             _backward(meta, states, y, None, default_config("backward", call))
 
 

@@ -23,6 +23,7 @@ ROOMS = {
 ALWAYS_INSTALLED = {"torch", "torchvision", "timm", "safetensors", "huggingface_hub", "numpy", "PIL", "yaml"}
 MAY_ASK_TRITON = (
     "subquad.ops._triton",  # facts about the installed triton
+    "subquad.ops._compile",  # its cache, and processes that fill it
     "subquad.tools.benchmarks",  # its timer
 )
 REGISTERS_WITH_MMENGINE = "subquad.heads.openmmlab"  # names the extra itself, and is imported where it is used
