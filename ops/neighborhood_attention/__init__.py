@@ -196,10 +196,6 @@ def _why_not_triton(call: NeighborhoodCall) -> str | None:
         return reason
     if call.working == torch.float64:
         return "float64 is computed in PyTorch"
-    if len(call.size) == 3:
-        return "the kernels serve one and two axes, got three"
-    if call.additional_keys is not None:
-        return "additional keys are attended in PyTorch"
     channels, most = max(call.q.shape[-1], call.v.shape[-1]), 256 // call.q.element_size()
     return f"the kernels serve heads of at most {most} channels, got {channels}" if channels > most else None
 

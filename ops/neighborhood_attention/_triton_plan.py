@@ -1,10 +1,11 @@
-"""How neighborhood attention is laid out for the Triton kernels: maps, tiles, slabs and launch choices.
+"""How neighborhood attention is laid out for the Triton kernels: axes, tiles, slabs and launch choices.
 
 See triton_impl.py for the design.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,9 @@ _CONFIGS = {
 }
 """The one table of launch heuristics; ``SUBQUAD_AUTOTUNE=1`` searches ``_CANDIDATES`` instead."""
 
+_EXTRA_WAVES = 4
+"""Programs for each multiprocessor that the gradients of additional keys are cut into, at least."""
+
 _CANDIDATES = [
     Config(rows, 8, slab, warps, stages)
     for rows, warps in ((8, 4), (4, 2), (4, 4))
@@ -66,33 +70,34 @@ def default_config(which: str, call: NeighborhoodCall) -> Config:
 
 def config_for(which: str, call: NeighborhoodCall, run: Callable[[Config], object]) -> Config:
     """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` launched each candidate."""
-    options = (call.kernel_size, call.dilation, call.stride, call.is_causal, call.rpb is not None)
+    options = (call.kernel_size, call.dilation, call.stride, call.is_causal, call.rpb is not None, call.extra)
     key = ("neighborhood_attention", which, *call.q.shape, *call.v.shape[-2:], *options, call.q.dtype)
     return _triton.tuned(key, call.q, _CANDIDATES, default_config(which, call), run)
 
 
-def as_map(call: NeighborhoodCall) -> NeighborhoodCall:
-    """The call with two axes, and with the channels of a token side by side."""
+def with_axes(call: NeighborhoodCall, axes: int) -> NeighborhoodCall:
+    """The call with further axes in front, if it has fewer, and with the channels of a token side by side."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
-    if len(call.size) == 2:
-        return call._replace(q=q, k=k, v=v)
-    return call._replace(
-        q=q.unsqueeze(1),
-        k=k.unsqueeze(1),
-        v=v.unsqueeze(1),
-        rpb=None if call.rpb is None else call.rpb.unsqueeze(1),
-        kernel_size=[1, *call.kernel_size],
-        dilation=[1, *call.dilation],
-        stride=[1, *call.stride],
-        is_causal=[False, *call.is_causal],
-    )
+    call = call._replace(q=q, k=k, v=v)
+    for _ in range(axes - len(call.size)):
+        call = call._replace(
+            q=call.q.unsqueeze(1),
+            k=call.k.unsqueeze(1),
+            v=call.v.unsqueeze(1),
+            rpb=None if call.rpb is None else call.rpb.unsqueeze(1),
+            kernel_size=[1, *call.kernel_size],
+            dilation=[1, *call.dilation],
+            stride=[1, *call.stride],
+            is_causal=[False, *call.is_causal],
+        )
+    return call
 
 
 class Plan(NamedTuple):
     """What all launches of a kernel for one shape class share."""
 
     grid: tuple[int, int, int]
-    sizes: tuple[int, ...]  # stride_qb to tiles_x of every kernel's arguments
+    sizes: tuple[int, ...]  # the kernel's arguments from stride_qb on, up to p_extrak
     meta: dict[str, Any]
     launch: _triton.Launcher
 
@@ -106,67 +111,90 @@ def plan_for(
     """The plan of a call's shape class: all that the kernel is compiled for.
 
     Args:
-        which: "forward", "queries" or "keys".
-        call: with two axes.
+        which: "forward", "queries", "keys" or "extra".
+        call: with two or three axes.
         more: tensors besides the call's that the kernel sees.
         on_new: see ``Plans.get``.
     """
     options = (*call.kernel_size, *call.dilation, *call.stride, *call.is_causal)
-    key = (which, config, options, *map(_triton.facts, (call.q, call.k, call.v, call.rpb, *more)))
+    key = (which, config, options, *map(_triton.facts, (*call[:6], *more)))
     return _plans.get(key, call.q, lambda: _make_plan(which, call, config), on_new)
 
 
 def _make_plan(which: str, call: NeighborhoodCall, config: Config) -> Plan:
-    batch, height, width, heads, dim = call.q.shape
-    shared, values = call.v.shape[-2:]
-    owners = shared if which == "keys" else heads
+    call = with_axes(call, 3)
+    if which == "extra":
+        return _make_extra_plan(call, config)
+    batch, depth, height, width, heads, _ = call.q.shape
+    owners = call.k.shape[-2] if which == "keys" else heads
     tile_y, tile_x = config.rows, config.columns
     if height == 1 and call.rpb is None:  # the sums of a bias' gradient need the rows
         tile_y, tile_x = 1, tile_y * tile_x
-    groups = [triton.cdiv(length, dilation) for length, dilation in zip((height, width), call.dilation, strict=True)]
+    groups = [triton.cdiv(length, dilation) for length, dilation in zip(call.size, call.dilation, strict=True)][1:]
     tiles = [triton.cdiv(tokens, tile) for tokens, tile in zip(groups, (tile_y, tile_x), strict=True)]
-    extents = [_extent(which, call, axis, tile) for axis, tile in enumerate((tile_y, tile_x))]
+    extents = [_extent(which, call, axis, tile) for axis, tile in ((1, tile_y), (2, tile_x))]
     slab_y, slab_x, wide = _slab(config.slab, *extents, least_rows=1 if call.rpb is None else triton.cdiv(16, tile_y))
-    align = _alignment(call.q, call.k, call.v)
-    single = call.q.dtype == torch.float32
-    meta = {
-        "REPEATS": heads // shared,
-        "D": dim,
-        "E": values,
-        "BD": max(16, triton.next_power_of_2(dim)),
-        "BE": max(16, triton.next_power_of_2(values)),
+    meta = _common(call, config) | {
+        "DEEP": depth > 1,
         "TY": tile_y,
         "TX": tile_x,
         "BY": slab_y,
         "BX": slab_x,
         "WIDE": wide,
         "BIAS": call.rpb is not None,
-        "ALIGN": align,
-        "PRECISION": "tf32x3" if single else "tf32",  # says nothing of 16-bit operands
-        "INDEX": tl.int64 if _image_extent(call) >= 2**31 else tl.int32,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
     }
-    for axis, name in enumerate("YX"):
+    for axis, name in enumerate("ZYX"):
         meta |= {
             f"K{name}": call.kernel_size[axis],
             f"STRIDE_{name}": call.stride[axis],
             f"CAUSAL_{name}": call.is_causal[axis],
             f"N{name}": max(16, triton.next_power_of_2(2 * call.kernel_size[axis] - 1)),
         }
+    strides = [[stride // meta["ALIGN"] for stride in _strides(x)] for x in (call.q, call.k, call.v)]
     return Plan(
-        grid=(batch * owners * call.dilation[0] * call.dilation[1] * tiles[0] * tiles[1], 1, 1),
-        sizes=(
-            *(stride // align for x in (call.q, call.k, call.v) for stride in _strides(x)),
-            owners,
-            height,
-            width,
-            *call.dilation,
-            *tiles,
+        grid=(batch * owners * depth * call.dilation[1] * call.dilation[2] * tiles[0] * tiles[1], 1, 1),
+        sizes=(  # what volumes alone have comes last
+            *(stride for image, _, *others in strides for stride in (image, *others)),
+            *(owners, height, width, *call.dilation[1:], *tiles),
+            *(plane for _, plane, *_ in strides),
+            *(depth, call.dilation[0]),
         ),
         meta=meta,
         launch=_triton.Launcher(),
     )
+
+
+def _make_extra_plan(call: NeighborhoodCall, config: Config) -> Plan:
+    batch, *size, _, _ = call.q.shape
+    shared = call.k.shape[-2]
+    meta = _common(call, config) | {"BT": config.slab}
+    owners, blocks = batch * shared, triton.cdiv(call.extra, meta["BM"])
+    slabs = triton.cdiv(math.prod(size), config.slab) * meta["REPEATS"]
+    wanted = triton.cdiv(_EXTRA_WAVES * _triton.multiprocessor_count(call.q.device), max(1, owners * blocks))
+    return Plan(
+        grid=(owners, blocks, min(slabs, wanted)),
+        sizes=(*(stride // meta["ALIGN"] for stride in _strides(call.q)), shared, *size),
+        meta=meta,
+        launch=_triton.Launcher(),
+    )
+
+
+def _common(call: NeighborhoodCall, config: Config) -> dict[str, Any]:
+    """What every kernel of a call with three axes is compiled for."""
+    dim, values = call.q.shape[-1], call.v.shape[-1]
+    return {
+        "REPEATS": call.q.shape[-2] // call.k.shape[-2],
+        "D": dim,
+        "E": values,
+        "BD": max(16, triton.next_power_of_2(dim)),
+        "BE": max(16, triton.next_power_of_2(values)),
+        "BM": min(config.slab, max(16, triton.next_power_of_2(call.extra))) if call.extra else 0,
+        "ALIGN": _alignment(call.q, call.k, call.v),
+        "PRECISION": "tf32x3" if call.q.dtype == torch.float32 else "tf32",  # says nothing of 16-bit operands
+        "INDEX": tl.int64 if _image_extent(call) >= 2**31 else tl.int32,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
 
 
 def _extent(which: str, call: NeighborhoodCall, axis: int, tile: int) -> int:
@@ -206,8 +234,8 @@ def _slab(tokens: int, rows: int, columns: int, *, least_rows: int) -> tuple[int
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of image, row, column and head; that of a single one may be any number, and is not used."""
-    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:4], x.stride()[:4], strict=True))
+    """Strides of all but the channels; that of an axis of one may be any number, and is not used."""
+    return tuple(step if size > 1 else 0 for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True))
 
 
 def _image_extent(call: NeighborhoodCall) -> int:
@@ -216,8 +244,8 @@ def _image_extent(call: NeighborhoodCall) -> int:
         1 + sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
         for x in (call.q, call.k, call.v)
     )
-    tokens = call.q.shape[1] * call.q.shape[2] * call.q.shape[3]
-    return max(*strided, tokens * max(call.q.shape[-1], call.v.shape[-1]))
+    rows = math.prod(call.q.shape[1:-1])
+    return max(*strided, rows * max(call.q.shape[-1], call.v.shape[-1]))
 
 
 def _alignment(*tensors: Tensor) -> int:

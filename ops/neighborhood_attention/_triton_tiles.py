@@ -5,16 +5,15 @@ import inspect
 import triton
 import triton.language as tl
 
-from subquad.ops._triton_attention import LOG2E
+from subquad.ops._triton_attention import LOG2E, load_rows
 
 _NOWHERE = tl.constexpr(1 << 30)  # a window that no key is in
 
 # Numbers that say nothing about alignment: compiling a kernel for each of their special values (1, multiples of 16)
 # would only multiply the time of the first call.
 _PLAIN = {
-    *("stride_qb", "stride_qy", "stride_qx", "stride_qh", "stride_kb", "stride_ky", "stride_kx", "stride_kh"),
-    *("stride_vb", "stride_vy", "stride_vx", "stride_vh", "heads", "height", "width"),
-    *("dilation_y", "dilation_x", "tiles_y", "tiles_x"),
+    *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bzyxh"),
+    *("heads", "depth", "height", "width", "dilation_z", "dilation_y", "dilation_x", "tiles_y", "tiles_x", "extra"),
     *("stride_wb", "stride_wy", "stride_wx", "stride_wh", "blocks", "tokens"),  # of the split forms
 }
 
@@ -30,7 +29,7 @@ def _kernel(function):
 
 @triton.jit
 def _program(heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, TY: tl.constexpr, TX: tl.constexpr):
-    """This program's head, image, group, tokens of the group on both axes, and first token.
+    """This program's head, plane of the batch, group, tokens of the group on both axes, and first token.
 
     Neighbours in memory are taken at the same time: heads of a token, then groups and tiles of a row.
     """
@@ -44,10 +43,25 @@ def _program(heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, TY:
     g_y = i % dilation_y
     i = i // dilation_y
     y_0 = i % tiles_y * TY
-    image = (i // tiles_y).to(tl.int64)
+    plane = (i // tiles_y).to(tl.int64)
     n_y = (height - g_y + dilation_y - 1) // dilation_y
     n_x = (width - g_x + dilation_x - 1) // dilation_x
-    return head, image, g_y, g_x, n_y, n_x, y_0, x_0
+    return head, plane, g_y, g_x, n_y, n_x, y_0, x_0
+
+
+@triton.jit
+def _in_volume(plane, depth, dilation_z, DEEP: tl.constexpr):
+    """Image of a plane of the batch, its place in the volume, tokens of its group on that axis, and place among them.
+
+    Without DEEP an image is one plane, and all that follows from its place is a constant.
+    """
+    if not DEEP:
+        depth = 1
+        dilation_z = 1
+    i = plane.to(tl.int32)
+    z = i % depth
+    n_z = (depth - z % dilation_z + dilation_z - 1) // dilation_z
+    return (i // depth).to(tl.int64), z, n_z, z // dilation_z
 
 
 @triton.jit
@@ -57,11 +71,16 @@ def _tokens(o_y, o_x, n_y, n_x, g_y, g_x, dilation_y, dilation_x):
 
 
 @triton.jit
-def _corner(s, slabs_x, y_0, x_0, BY: tl.constexpr, BX: tl.constexpr, WIDE: tl.constexpr):
-    """First token of the s-th slab of a region that starts at (y_0, x_0) and is slabs_x slabs wide."""
+def _corner(
+    s, slabs, slabs_x, z_0, y_0, x_0, BY: tl.constexpr, BX: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr
+):  # fmt: skip
+    """First token of the s-th slab of a region from (z_0, y_0, x_0), of which a row has slabs_x and a plane slabs."""
+    if DEEP:
+        z_0 += s // slabs
+        s = s % slabs
     if WIDE:
-        return y_0 + s // slabs_x * BY, x_0 + s % slabs_x * BX
-    return y_0 + s * BY, x_0
+        return z_0, y_0 + s // slabs_x * BY, x_0 + s % slabs_x * BX
+    return z_0, y_0 + s * BY, x_0
 
 
 @triton.jit
@@ -78,6 +97,18 @@ def _load_rows(p, o, D: tl.constexpr, BD: tl.constexpr):
     if D == BD:
         return tl.load(p + o[:, None] + o_d[None, :])
     return tl.load(p + o[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_extra(
+    p_k, p_v, m_0, extra, image, head, heads,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """BM additional keys [BM, BD] and values [BM, BE] of a head from m_0 on, and which of them there are [BM]."""
+    o_m = m_0 + tl.arange(0, BM)
+    m_m = o_m < extra
+    o_row = (image * extra + o_m) * heads + head
+    return load_rows(p_k, o_row * D, m_m, D, BD), load_rows(p_v, o_row * E, m_m, E, BE), m_m
 
 
 # Windows ---------------------------------------------------------------------------------------------------------

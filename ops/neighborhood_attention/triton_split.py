@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _triton
-from subquad.ops.neighborhood_attention._triton_plan import _alignment, _strides, as_map
+from subquad.ops.neighborhood_attention._triton_plan import _alignment, _strides, with_axes
 from subquad.ops.neighborhood_attention._triton_split import (
     neighborhood_split_kernel_logits,
     neighborhood_split_kernel_sums,
@@ -146,13 +146,13 @@ def _launch(plan: _Plan, kernel: Any, arguments: tuple[Any, ...], **more: Any) -
 
 def qk(call: NeighborhoodCall) -> Tensor:
     """Logits (B, *S, H, slots) in q's dtype."""
-    flat = as_map(call)
+    flat = with_axes(call, 2)
     return _logits(flat, flat.q, flat.k, -torch.inf).view(*call.q.shape[:-1], call.keys)
 
 
 def qk_backward(call: NeighborhoodCall, grad: Tensor) -> Gradients:
     """Gradients of q, k and rpb, in the places that they have in a call."""
-    flat = as_map(call)
+    flat = with_axes(call, 2)
     weights = _as_map(grad, flat)
     table = None if flat.rpb is None else _table(flat, flat.rpb, weights)
     return (
@@ -167,13 +167,13 @@ def qk_backward(call: NeighborhoodCall, grad: Tensor) -> Gradients:
 
 def av(call: NeighborhoodCall) -> Tensor:
     """Sums (B, *S, H, E) in the weights' dtype."""
-    flat = as_map(call)
+    flat = with_axes(call, 2)
     return _sums(flat, flat.q, flat.v).view(*call.q.shape[:-1], call.v.shape[-1])
 
 
 def av_backward(call: NeighborhoodCall, grad: Tensor) -> Gradients:
     """Gradients of the weights, in q's place, and of v."""
-    flat = as_map(call)
+    flat = with_axes(call, 2)
     grad = _as_map(grad, flat)
     weights = _logits(flat, grad, flat.v, 0.0)
     values = _turned(flat, flat.q, grad, flat.v)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from subquad import ops
-from subquad.ops import na1d, na2d
+from subquad.ops import na1d, na2d, na3d
 from subquad.ops.neighborhood_attention import prepare
 
 # Relative L2 error per dtype. fp32: three tf32 products for one, sums of some hundred terms. 16 bit: one rounding of
 # the weights, of dS, and of the results.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+OPS = {1: na1d, 2: na2d, 3: na3d}
 
 
 class Case(NamedTuple):
@@ -35,6 +37,7 @@ class Case(NamedTuple):
     values: int | None = None
     bias: bool = True
     scale: float | None = None
+    extra: int | None = None
 
 
 SMALL = {
@@ -60,6 +63,29 @@ SMALL = {
     "sequence with bias": Case((30,), 5, dilation=2),
     "causal sequence": Case((90,), 8, is_causal=True, dilation=2, stride=3, bias=False),
     "empty batch": Case((8, 9), batch=0),
+    "extra key": Case((9, 10), 5, extra=1),
+    "extra keys, shared heads": Case((7, 9), (4, 3), heads=4, shared=2, values=3, batch=1, stride=2, extra=5),
+    "extra keys, several blocks": Case((12, 7), 5, heads=1, dim=9, is_causal=True, bias=False, extra=40),
+    "extra keys, sequence": Case((70,), 5, dilation=2, batch=1, bias=False, extra=17),
+    "no extra keys": Case((6, 5), heads=1, extra=0),
+    "extra keys, empty batch": Case((6, 5), batch=0, extra=2),
+    "volume": Case((4, 9, 7), 3, batch=1, heads=1),
+    "volume, several images": Case((4, 6, 5), 3, bias=False),
+    "volume, even kernel": Case((5, 3, 6), (4, 2, 5), heads=1, extra=2),
+    "volume, window of it": Case((3, 5, 4), (3, 5, 4), batch=1),
+    "volume, dilated": Case((7, 6, 5), (3, 2, 3), dilation=(2, 3, 1), batch=1, heads=1),
+    "volume, stride": Case((8, 7, 6), (4, 3, 5), stride=(3, 2, 4), batch=1, heads=1),
+    "volume, causal": Case((5, 6, 4), (3, 4, 2), is_causal=(True, False, True), batch=1, heads=1, extra=1),
+    "volume, causal, stride, dilated": Case(
+        (10, 5, 6), (4, 3, 3), dilation=(2, 1, 1), stride=(3, 1, 2), is_causal=(True, True, False), batch=1, heads=1
+    ),
+    "volume, shared heads": Case((3, 4, 5), (2, 3, 3), heads=4, shared=2, values=3, batch=1, scale=-0.3, extra=5),
+    "volume of one plane": Case((1, 6, 7), (1, 3, 5), extra=1),
+    "volume of one row": Case((5, 1, 20), (3, 1, 7), bias=False, batch=1),
+    "volume of one column": Case((4, 10, 1), (3, 5, 1), batch=1, heads=1),
+    "volume, only time": Case((7, 1, 1), (4, 1, 1), batch=1, heads=1),
+    "volume, planes apart": Case((3, 9, 8), (1, 3, 3), heads=1),
+    "volume, empty batch": Case((3, 5, 4), 3, batch=0),
 }
 LARGE = {
     "56": Case((56, 56), 7, batch=3, dim=32),
@@ -72,6 +98,22 @@ LARGE = {
     "128 channels": Case((24, 30), 7, batch=1, dim=128),
     "shared heads": Case((30, 40), 5, heads=6, shared=2, dim=48, values=16),
     "sequence": Case((1000,), 49, dim=32, bias=False),
+    "extra keys": Case((56, 57), 7, batch=2, heads=4, shared=2, dim=32, extra=100),
+    "volume": Case((8, 20, 19), 7, batch=2, heads=2, dim=32),
+    "volume, no bias": Case((16, 28, 30), (3, 7, 7), heads=2, dim=64, bias=False),
+    "volume, everything": Case(
+        (13, 17, 22),
+        (4, 5, 6),
+        dilation=(3, 1, 2),
+        stride=(2, 3, 1),
+        is_causal=(True, False, False),
+        heads=6,
+        shared=2,
+        dim=48,
+        values=16,
+        extra=5,
+    ),
+    "volume, 128 channels": Case((5, 16, 18), 5, batch=1, dim=128, extra=40),
 }
 
 
@@ -89,6 +131,9 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         "v": normal(*lead, shared, case.values or case.dim),
     }
     result = {name: value.to(dtype).double() for name, value in result.items()}
+    if case.extra is not None:
+        result["additional_keys"] = normal(case.batch, case.extra, shared, case.dim).to(dtype).double()
+        result["additional_values"] = normal(case.batch, case.extra, shared, case.values or case.dim).to(dtype).double()
     if case.bias:
         axes = len(case.size)
         kernels = case.kernel_size if isinstance(case.kernel_size, tuple) else (case.kernel_size,) * axes
@@ -107,7 +152,7 @@ def run(case: Case, arguments: dict[str, Tensor], dtype: torch.dtype, backend: s
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaves[name] = value.to(device, wide if name == "rpb" else dtype, copy=True).requires_grad_()
     with ops.use_backend(backend):
-        o, lse = (na1d if len(case.size) == 1 else na2d)(**leaves, **options(case), return_lse=True)
+        o, lse = OPS[len(case.size)](**leaves, **options(case), return_lse=True)
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16() for x in (o, lse)]
         grads = torch.autograd.grad(
@@ -138,24 +183,28 @@ def test_interpreted_fp32(name: str, poisoned_memory: None) -> None:
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["several tiles", "dilated", "causal"])
+@pytest.mark.parametrize(
+    "name", ["several tiles", "dilated", "causal", "extra keys, several blocks", "volume, even kernel"]
+)
 def test_interpreted_fp16(name: str, poisoned_memory: None) -> None:
     check(SMALL[name], torch.float16, "cpu")
 
 
 @pytest.mark.interpret
-def test_any_strides() -> None:
+@pytest.mark.parametrize("name", ["even kernel", "volume, even kernel"])
+def test_any_strides(name: str) -> None:
     """Views of one projection are read in place; channels that are not adjacent are copied."""
-    case = SMALL["even kernel"]
+    case = SMALL[name]
+    attend = OPS[len(case.size)]
     arguments = {name: value.float() for name, value in inputs(case, torch.float32).items()}
-    packed = torch.stack([arguments[name] for name in "qkv"], dim=3)
-    views = dict(zip("qkv", packed.unbind(3), strict=True))
+    packed = torch.stack([arguments[name] for name in "qkv"], dim=-3)
+    views = dict(zip("qkv", packed.unbind(-3), strict=True))
     columns = {name: arguments[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qk"}
-    apart = {name: torch.stack([arguments[name]] * 2, dim=-1)[..., 0] for name in ("k", "v", "rpb")}
+    apart = {name: torch.stack([x] * 2, dim=-1)[..., 0] for name, x in arguments.items() if name != "q"}
     with ops.use_backend("triton"):
-        expected = na2d(**arguments, **options(case))
+        expected = attend(**arguments, **options(case))
         for changed in (views, columns, apart):
-            assert torch.equal(na2d(**(arguments | changed), **options(case)), expected)
+            assert torch.equal(attend(**(arguments | changed), **options(case)), expected)
 
 
 @pytest.mark.interpret
@@ -174,13 +223,15 @@ def test_backward_in_torch_from_results_of_triton() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize(("size", "heads", "bits"), [((4096, 4096), 4, 64), ((4096, 1024), 4, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "heads", "bits"), [((4096, 4096), 4, 64), ((4096, 1024), 4, 32), ((9, 2048, 512), 4, 64)], ids=str
+)
 def test_offsets_are_wide_where_images_are_large(size: tuple[int, int], heads: int, bits: int) -> None:
     """Without memory: the plan of meta tensors, views of one projection."""
     from subquad.ops.neighborhood_attention import _triton_plan
 
     packed = torch.empty((2, *size, 3, heads, 32), dtype=torch.bfloat16, device="meta")
-    call = prepare(2, *packed.unbind(3), 7)
+    call = prepare(len(size), *packed.unbind(-3), 7)
     plan = _triton_plan.plan_for("forward", call, _triton_plan.default_config("forward", call))
     assert plan.meta["INDEX"].primitive_bitwidth == bits
     assert plan.meta["ALIGN"] == 8
@@ -192,10 +243,11 @@ def test_offsets_are_wide_where_images_are_large(size: tuple[int, int], heads: i
     [
         ((1, 8, 8, 2, 64), {}, None),
         ((1, 8, 8, 2, 64), {"dtype": torch.float64}, "float64"),
-        ((1, 8, 8, 8, 2, 64), {}, "got three"),
+        ((1, 8, 8, 8, 2, 64), {}, None),
+        ((1, 8, 8, 8, 2, 65), {}, "at most 64 channels, got 65"),
         ((1, 8, 8, 2, 65), {}, "at most 64 channels, got 65"),
         ((1, 8, 8, 2, 128), {"dtype": torch.float16}, None),
-        ((1, 8, 8, 2, 64), {"additional": 1}, "additional keys"),
+        ((1, 8, 8, 2, 64), {"additional": 1}, None),
     ],
     ids=str,
 )
@@ -227,7 +279,7 @@ def test_gpu_large(name: str, dtype: torch.dtype, poisoned_memory: None) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["56", "dilated"])
+@pytest.mark.parametrize("name", ["56", "dilated", "extra keys", "volume", "volume, everything"])
 def test_gpu_is_bitwise_reproducible(name: str) -> None:
     arguments = inputs(LARGE[name], torch.bfloat16)
     first, second = (run(LARGE[name], arguments, torch.bfloat16, "triton", "cuda") for _ in range(2))

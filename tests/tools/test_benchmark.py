@@ -558,7 +558,7 @@ def test_linear_attention_floor() -> None:
 
 def test_neighborhood_attention_beside_dense_attention(quick: dict[str, Any]) -> None:
     """Both forms pass the gate, and so does dense attention with the windows as a mask; a huge mask is not tried."""
-    options = OpsOptions(**quick, ops=("neighborhood_attention",), shapes=("2x2x9x8x8x3x2",))
+    options = OpsOptions(**quick, shapes=("2x2x9x8x8x3x2",), variants=("plain", "bias"))
     rows = ops.run(options, {NEIGHBORHOOD.name: NEIGHBORHOOD})
     assert [(row["variant"], row["system"]) for row in rows] == [
         (variant, system) for variant in ("plain", "bias") for system in ("ours", "dense_sdpa")
@@ -570,6 +570,21 @@ def test_neighborhood_attention_beside_dense_attention(quick: dict[str, Any]) ->
     peer = next(peer for peer in NEIGHBORHOOD.peers if peer.name == "dense_sdpa")
     with pytest.raises(ValueError, match="a mask of 4160 x 4160 tokens"):
         peer.call(large, tensors)
+
+
+def test_neighborhood_attention_without_peers(quick: dict[str, Any]) -> None:
+    """Additional keys and volumes: ours passes the gate, and peers that are not set up for them say so."""
+    options = OpsOptions(**quick, shapes=("2x2x6x5x8x3x1",), variants=("extra", "volume"))
+    rows = ops.run(options, {NEIGHBORHOOD.name: NEIGHBORHOOD})
+    assert [(row["variant"], row["system"]) for row in rows] == [
+        (variant, system) for variant in ("extra", "volume") for system in ("ours", "dense_sdpa")
+    ]
+    ours, peers = rows[::2], rows[1::2]
+    assert {row["status"] for row in ours} == {"ok"} and all(0 < row["error"] < 1e-5 for row in ours)
+    assert all(f"variants plain, bias, not for {row['variant']}" in row["status"] for row in peers)
+    # 2 images, 2 heads; of 8 channels 4 operations each and pair: windows of 9 keys and 16 more, windows of 27 keys
+    for row, pairs in zip(ours, (30 * (9 + 16), 180 * 27), strict=True):
+        assert row["fwd_tflop_s"] * row["fwd_ms"] == pytest.approx(4 * pairs * 8 * 4 / 1e9)
 
 
 @pytest.mark.parametrize("name", ["flex_rows", "flex_tiles"])

@@ -2,10 +2,14 @@
 
 FlexAttention gets the exact windows as a block mask that is made outside the timing, with tokens row by row and in
 tiles of 8 x 8 (permuted outside the timing); PyTorch's dense attention as an additive mask, which includes the bias.
+
+Two more variants run beside the PyTorch path alone: ``extra``, maps with 16 additional keys, and ``volume``, with as
+many planes as rows.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import explain, na2d, use_backend
+from subquad.ops import explain, na2d, na3d, use_backend
 from subquad.ops.neighborhood_attention.reference import windows
 from subquad.tools.benchmarks import recorded
 from subquad.tools.benchmarks.registry import Case, Cost, Inputs, OpEntry, Recorded, System, Tensors
@@ -25,21 +29,36 @@ _DILATED = (
     (8, 4, 128, 128, 32, 7, 16),
 )
 _WIDE = ((8, 4, 128, 128, 32, 13), (8, 4, 128, 128, 64, 13), (8, 4, 128, 128, 32, 31))
+_VOLUMES = ((2, 4, 32, 32, 32, 3, 1), (2, 4, 32, 32, 32, 7, 1))
+_EXTRA_KEYS = 16
 _MOST_DENSE_TOKENS = 4096
 
 
 def _cases() -> tuple[Case, ...]:
     plain = (*((*shape, 1) for shape in (*_MODELS, *_LARGE, *_WIDE)), *_DILATED)
     bias = (*((*shape, 1) for shape in (*_MODELS, *_LARGE)), *_DILATED)
-    return (*(Case(shape, "plain") for shape in plain), *(Case(shape, "bias") for shape in bias))
+    return (
+        *(Case(shape, "plain") for shape in plain),
+        *(Case(shape, "bias") for shape in bias),
+        *(Case(shape, "volume") for shape in _VOLUMES),
+        Case((*_MODELS[0], 1), "extra"),
+    )
+
+
+def _size(case: Case) -> tuple[int, ...]:
+    height, width = case.shape[2:4]
+    return (height, height, width) if case.variant == "volume" else (height, width)
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
-    batch, heads, height, width, dim, kernel, _ = case.shape
-    maps = {name: torch.randn(batch, height, width, heads, dim, dtype=dtype, device=device) for name in ("q", "k", "v")}
-    if case.variant == "plain":
-        return Inputs(maps, {})
-    return Inputs(maps, {"rpb": torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device)})
+    batch, heads, _, _, dim, kernel, _ = case.shape
+    shapes = dict.fromkeys(("q", "k", "v"), (batch, *_size(case), heads, dim))
+    if case.variant == "extra":
+        shapes |= dict.fromkeys(("additional_keys", "additional_values"), (batch, _EXTRA_KEYS, heads, dim))
+    batched = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    if case.variant != "bias":
+        return Inputs(batched, {})
+    return Inputs(batched, {"rpb": torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device)})
 
 
 def _arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
@@ -47,14 +66,14 @@ def _arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
 
 
 def _ours(case: Case, tensors: Tensors) -> Tensor:
-    o = na2d(**_arguments(case, tensors))
+    o = (na3d if case.variant == "volume" else na2d)(**_arguments(case, tensors))
     assert isinstance(o, Tensor)
     return o
 
 
 def _backend(case: Case, tensors: Tensors) -> str:
     with torch.no_grad():
-        return explain(na2d, **_arguments(case, tensors)).chosen or "none"
+        return explain(f"na{len(_size(case))}d", **_arguments(case, tensors)).chosen or "none"
 
 
 def _reference(case: Case, tensors: Tensors) -> Tensor:
@@ -68,18 +87,22 @@ def _cost(case: Case, itemsize: int) -> Cost:
 
     Exponentials: one for each pair, once more in the backward pass.
     """
-    batch, heads, height, width, dim, kernel, _ = case.shape
-    rows = batch * heads * height * width
-    forward = 4 * rows * dim * itemsize
-    return Cost(forward, 3 * forward, rows * kernel**2, 2 * rows * kernel**2)
+    batch, heads, _, _, dim, kernel, _ = case.shape
+    size, extra = _size(case), _EXTRA_KEYS if case.variant == "extra" else 0
+    rows = batch * heads * math.prod(size)
+    forward = (4 * rows + 2 * batch * heads * extra) * dim * itemsize
+    pairs = rows * (kernel ** len(size) + extra)
+    return Cost(forward, 3 * forward, pairs, 2 * pairs)
 
 
 def _recorded(case: Case) -> Recorded | None:
-    found = recorded.NEIGHBORHOOD.get(case.shape)
+    found = recorded.NEIGHBORHOOD.get(case.shape) if case.variant in _OF_PEERS else None
     return None if found is None else Recorded(recorded.GPU, recorded.NEIGHBORHOOD_SYSTEM, *found, None)
 
 
 # Peers that attend sequences (B, heads, N, D) --------------------------------------------------------------------
+
+_OF_PEERS = ("plain", "bias")
 
 
 class _Tokens(NamedTuple):
@@ -111,6 +134,8 @@ def _tokens(case: Case, tile: int, device: torch.device) -> _Tokens:
 
 
 def _to_sequence(tile: int, case: Case, name: str, value: Tensor) -> Tensor:
+    if case.variant not in _OF_PEERS:
+        raise ValueError(f"this peer is set up for the variants {', '.join(_OF_PEERS)}, not for {case.variant}")
     if name == "rpb":
         return value
     return value.flatten(1, 2)[:, _tokens(case, tile, value.device).order].transpose(1, 2).contiguous()
@@ -200,7 +225,7 @@ def _sequences(name: str, call: Any, tile: int, **more: Any) -> System:
 ENTRY = OpEntry(
     name="neighborhood_attention",
     axes="BxHEADSxHxWxDxKxDILATION",
-    variants=("plain", "bias"),
+    variants=("plain", "bias", "extra", "volume"),
     cases=_cases(),
     inputs=_inputs,
     ours=System("ours", _ours),
