@@ -304,7 +304,7 @@ def _recorded(job: Job, gpu: str, dtype: torch.dtype) -> list[report.Row]:
     if gpu != recorded.GPU or dtype != torch.bfloat16 or job.mode != "eager" or key not in recorded.MODELS:
         return []
     found = recorded.MODELS[key]
-    row: report.Row = {"model": recorded.SYSTEM, "resolution": job.resolution, "batch": job.batch, "mode": job.mode}
+    row: report.Row = {"model": found.system, "resolution": job.resolution, "batch": job.batch, "mode": job.mode}
     row |= {"status": "recorded", "dtype": "bfloat16", "peak_mib": found.train_mib}
     row |= {"infer_img_s": found.infer, "infer_ms": job.batch / found.infer * 1e3}
     row |= {"train_img_s": found.train, "train_ms": job.batch / found.train * 1e3}

@@ -2,7 +2,8 @@
 
 Source: one NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, cuDNN 9.19, 2026-11-22. MzeroMiko/VMamba@2ed52ea
 with its ``selective_scan_cuda_oflex`` kernels (three lines patched for CUDA 13) and its Triton cross scan and merge;
-hustvl/ViG@dfb9d32 with its Triton kernels (module globals made constants, which triton 3.6 wants).
+hustvl/ViG@dfb9d32 with its Triton kernels (module globals made constants, which triton 3.6 wants). NAT with the
+kernels of NATTEN 0.14.6, built for that GPU; MLLA as released, the better setting of ``cudnn.benchmark``.
 Ops: medians of device-event times with the L2 flushed, bfloat16 in, float32 parameters and scan output. Models:
 bfloat16 AMP, eager, random inputs, medians of at least 10 steps.
 """
@@ -93,17 +94,32 @@ NEIGHBORHOOD: dict[tuple[int, ...], tuple[float, float]] = {
 
 
 class Model(NamedTuple):
-    """Throughput of a whole official model: img/s, and peak MiB of a training step where it was noted."""
+    """Throughput of a whole official model: whose, img/s, and peak MiB of a training step."""
 
+    system: str
     infer: float
     train: float
-    train_mib: float | None
+    train_mib: float
 
 
+_MLLA = "official MLLA, recorded in another run"
+_NAT = "upstream NAT with NATTEN 0.14.6, recorded in another run"
+_VIG = "official ViG, recorded in another run"
 MODELS: dict[tuple[str, int, int], Model] = {
-    ("vmamba_tiny", 224, 128): Model(2885, 1080, 11902),
-    ("vmamba_tiny", 512, 32): Model(605, 228, 15476),
-    ("vmamba_tiny", 1024, 8): Model(146, 53.8, 15522),
-    ("vmamba_tiny", 2048, 2): Model(35.4, 13.3, 15522),
+    ("vmamba_tiny", 224, 128): Model(SYSTEM, 2885, 1080, 11902),
+    ("vmamba_tiny", 512, 32): Model(SYSTEM, 605, 228, 15476),
+    ("vmamba_tiny", 1024, 8): Model(SYSTEM, 146, 53.8, 15522),
+    ("vmamba_tiny", 2048, 2): Model(SYSTEM, 35.4, 13.3, 15522),
+    ("vmamba_tiny_vanilla", 224, 128): Model(SYSTEM, 837, 251, 28307),
+    ("mlla_tiny", 224, 128): Model(_MLLA, 3047, 878, 12490),
+    ("mlla_tiny", 512, 32): Model(_MLLA, 600, 176, 16184),
+    ("mlla_tiny", 1024, 8): Model(_MLLA, 148, 43.8, 16185),
+    ("mlla_tiny", 2048, 2): Model(_MLLA, 34.1, 10.0, 16183),
+    ("nat_tiny", 224, 128): Model(_NAT, 3596, 1124, 10790),
+    ("nat_tiny", 512, 32): Model(_NAT, 722, 228, 14027),
+    ("nat_tiny", 1024, 8): Model(_NAT, 181, 54.5, 14059),
+    ("nat_tiny", 2048, 2): Model(_NAT, 45.3, 11.2, 14059),
+    ("vig_tiny", 224, 128): Model(_VIG, 4006, 952, 3490),
+    ("vig_tiny", 1024, 8): Model(_VIG, 65.3, 110, 4451),
 }
-"""(our name of the model, resolution, batch): the official code's figures (T[s1l8]; N = 1)."""
+"""(our name of the model, resolution, batch): figures of the authors' code."""
