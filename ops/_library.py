@@ -21,7 +21,7 @@ _library = torch.library.Library("subquad", "FRAGMENT")
 class Operator:
     """A registered operator; until it gets an autograd formula, a backward pass through it is an error.
 
-    Called as a function, it leaves out PyTorch's dispatcher where nobody watches, see ``_is_watched``.
+    Called as a function, it leaves out PyTorch's dispatcher where nobody watches, see ``is_watched``.
     """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
@@ -36,7 +36,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """What the operator returns: tensors first in its arguments, then options in canonical form."""
-        if torch.compiler.is_compiling() or _is_watched(args[: self._tensors]):
+        if torch.compiler.is_compiling() or is_watched(args[: self._tensors]):
             return self._op(*args)
         if torch.is_grad_enabled() and self._needs_gradient(args):
             # Without a formula for the operator to complain of when the gradient is asked for.
@@ -102,7 +102,7 @@ _UNUSUAL_TENSOR = ~_raw(
 _UNUSUAL_THREAD = ~_raw("BackendSelect", "ADInplaceOrView")
 
 
-def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+def is_watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call goes through PyTorch's dispatcher for anybody but autograd and autocast.
 
     That is a mode (FLOP counts, fake tensors, tracing, a default device), a transform of ``torch.func``, a profiler, or

@@ -101,8 +101,9 @@ def selective_scan(
         y, last_state = reference.scan(call)
     else:
         y, states = _operator(*call)
-        last_state = states[:, :, -1]
-    y = y.reshape(x.shape)
+        last_state = states[:, :, -1] if return_last_state else states
+    if x.dim() == 3:
+        y = y.squeeze(1)
     if z is not None:
         y = (y * torch.nn.functional.silu(z.to(y.dtype))).to(result_dtype)
     if return_last_state:
