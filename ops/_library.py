@@ -21,7 +21,7 @@ _library = torch.library.Library("subquad", "FRAGMENT")
 class Operator:
     """A registered operator; until it gets an autograd formula, a backward pass through it is an error.
 
-    Called as a function, it leaves out PyTorch's dispatcher where nobody watches, see ``is_watched``.
+    Called as a function, it leaves out PyTorch's dispatcher where nobody watches, see ``is_traced``.
     """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
@@ -36,7 +36,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """What the operator returns: tensors first in its arguments, then options in canonical form."""
-        if torch.compiler.is_compiling() or is_watched(args[: self._tensors]):
+        if (
+            torch.compiler.is_compiling()
+            or torch.autograd.profiler._is_profiler_enabled
+            or is_traced(args[: self._tensors])
+        ):
             return self._op(*args)
         if torch.is_grad_enabled() and self._needs_gradient(args):
             # Without a formula for the operator to complain of when the gradient is asked for.
@@ -102,18 +106,15 @@ _UNUSUAL_TENSOR = ~_raw(
 _UNUSUAL_THREAD = ~_raw("BackendSelect", "ADInplaceOrView")
 
 
-def is_watched(tensors: Sequence[Tensor | None]) -> bool:
+def is_traced(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call goes through PyTorch's dispatcher for anybody but autograd and autocast.
 
-    That is a mode (FLOP counts, fake tensors, tracing, a default device), a transform of ``torch.func``, a profiler, or
-    a tensor that is not plain: of a subclass, without data, or lazily negated. Every hop of the dispatcher takes as
-    long as a small kernel.
+    That is a mode (FLOP counts, fake tensors, tracing, a default device), a transform of ``torch.func``, or a tensor
+    that is not plain: of a subclass, without data, or lazily negated. Every hop of the dispatcher takes as long as a
+    small kernel. Profilers, which look on, and compilers, which replace Python, are not meant.
     """
-    if (
-        torch._C._dispatch_tls_local_include_set().raw_repr() & _UNUSUAL_THREAD
-        or torch.autograd.profiler._is_profiler_enabled
-        or torch.overrides.has_torch_function(tensors)
-    ):
+    include = torch._C._dispatch_tls_local_include_set().raw_repr()
+    if include & _UNUSUAL_THREAD or torch.overrides.has_torch_function(tensors):
         return True
     # Inside other operators' kernels autograd is off in the dispatcher alone; inference mode records nothing anyway.
     if torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD and torch.is_grad_enabled():

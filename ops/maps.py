@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from subquad.ops._library import is_watched
+from subquad.ops._library import is_traced
 
 _Tables = TypeVar("_Tables")
 
@@ -44,7 +44,7 @@ class Kept:
 
     def get(self, make: Callable[..., _Tables], x: Tensor, *sizes: int) -> _Tables:
         """``make(x, *sizes)``, which looks at nothing of x but device and dtype; not to be modified."""
-        if torch.compiler.is_compiling() or is_watched((x,)):
+        if torch.compiler.is_compiling() or is_traced((x,)):
             return make(x, *sizes)
         stream = 0
         if x.is_cuda:

@@ -230,5 +230,5 @@ def _run_backward(call: ConvCall, grad_z: Tensor, grads: Gradients, config: Conf
         plan.launch("gradients", depthwise_conv_bwd_kernel, plan.grid, arguments, plan.meta)
         arguments = (partials, grad_weight, grad_weight if grad_bias is None else grad_bias)
         arguments = (*arguments, plan.programs, call.x.shape[3], first, step, numbers)
-        grid = (triton.cdiv(numbers, plan.meta["BJ"]), 1, 1)
+        grid = (-(-numbers // plan.meta["BJ"]), 1, 1)
         plan.launch("sums", depthwise_conv_bwd_kernel_sums, grid, arguments, plan.meta)

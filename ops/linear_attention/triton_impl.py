@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from subquad.ops.linear_attention._triton_backward import linear_attention_bwd_kernel
@@ -97,7 +96,7 @@ def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
         plan.launch(
             "combine",
             linear_attention_fwd_kernel_combine,
-            (batch * heads, triton.cdiv(dim * values, plan.meta["BJ"]), 1),
+            (batch * heads, -(-(dim * values) // plan.meta["BJ"]), 1),
             (
                 *sums,
                 *statistics[:3],
@@ -174,7 +173,7 @@ def _add_up(plan: Plan, name: str, parts: Tensor, total: Tensor, divisor: int) -
     plan.launch(
         name,
         linear_attention_kernel_sum,
-        (triton.cdiv(columns, block), 1, 1),
+        (-(-columns // block), 1, 1),
         (parts, total, columns, plan.splits, float(divisor)),
         {"BJ": block, "num_warps": 4},
     )

@@ -100,7 +100,7 @@ def test_nobody_watches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, make = CASES[name]
     direct = _grads(function, make())
     results = [function(*(tensor.requires_grad_() for tensor in make())).add_(1)]
-    monkeypatch.setattr(_library, "is_watched", lambda tensors: True)
+    monkeypatch.setattr(_library, "is_traced", lambda tensors: True)
     through = _grads(function, make())
     results.append(function(*(tensor.requires_grad_() for tensor in make())).add_(1))
     assert torch.equal(*results) and results[0]._is_view() == results[1]._is_view()
@@ -285,6 +285,6 @@ def test_a_gradient_that_enters_through_another_result(monkeypatch: pytest.Monke
 
     direct = grads()
     assert all(grad.abs().sum() > 0 for grad in direct)
-    monkeypatch.setattr(_library, "is_watched", lambda tensors: True)
+    monkeypatch.setattr(_library, "is_traced", lambda tensors: True)
     for ours, theirs in zip(direct, grads(), strict=True):
         assert torch.equal(ours, theirs)
