@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subquad.backbones.base import Factory, resample_position
 from subquad.backbones.images import check_map_size
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
-from subquad.ops.maps import crop
+from subquad.ops.maps import Kept, crop
 from subquad.ops.selective_scan import ROUTES
 
 
@@ -79,6 +79,10 @@ class ScanParameters(nn.Module):
         weight: Tensor = self.x_proj_weight
         if last - first < self.sets:  # the gradient of a slice is a launch more
             weight = weight[first:last]
+        return self.project_by(weight, x)
+
+    def project_by(self, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``project`` with the sets whose weights (k, R + 2 N, E) are given."""
         projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (-1, sum(self.sizes)))
         dt, B, C = projected.split(self.sizes, dim=-1)
         return dt, B, C
@@ -164,8 +168,18 @@ def input_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
         kind = x.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return F.layer_norm(x, weight.shape, weight, bias, eps)
-        with torch.autocast(kind, enabled=False):
+        return _without_autocast(x, weight, bias, eps)
+
+
+def _without_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if torch.compiler.is_compiling():
+        with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, weight.shape, weight, bias, eps)
+    torch.set_autocast_enabled(x.device.type, False)  # the context manager takes as long as the norm
+    try:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    finally:
+        torch.set_autocast_enabled(x.device.type, True)
 
 
 class InputLayerNorm(nn.LayerNorm):
@@ -260,6 +274,9 @@ def attend(
     return o
 
 
+_tables = Kept()
+
+
 @register_notrace_function
 def rotary_by_head(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Rotary tables (cos, sin) for heads of x (B, N, H, D), all alike, each (height * width, 1, D / 2); 4 divides D.
@@ -267,7 +284,15 @@ def rotary_by_head(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     The first half of the pairs turns with the row, the second with the column; the D / 4 frequencies of each run from 1
     to 1e-4, both included.
     """
-    count = x.shape[-1] // 4
+    if torch.jit.is_scripting():
+        tables = _rotary_by_head(x, x.shape[-1], height, width)
+    else:
+        tables = _tables.get(_rotary_by_head, x, x.shape[-1], height, width)
+    return tables
+
+
+def _rotary_by_head(x: Tensor, dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    count = dim // 4
     cos, sin = _rotary(x, count, max(count - 1, 1), height, width)
     return cos.unsqueeze(1), sin.unsqueeze(1)
 
@@ -279,9 +304,17 @@ def rotary_by_width(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
     As ``rotary_by_head`` for one head of H D channels, cut into heads afterwards, and without the last frequency: so
     the first heads turn with the row, the last with the column, and each has frequencies of its own.
     """
-    count = x.shape[-2] * x.shape[-1] // 4
+    if torch.jit.is_scripting():
+        tables = _rotary_by_width(x, x.shape[-2], x.shape[-1], height, width)
+    else:
+        tables = _tables.get(_rotary_by_width, x, x.shape[-2], x.shape[-1], height, width)
+    return tables
+
+
+def _rotary_by_width(x: Tensor, heads: int, dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    count = heads * dim // 4
     cos, sin = _rotary(x, count, count, height, width)
-    return cos.unflatten(1, (x.shape[-2], -1)), sin.unflatten(1, (x.shape[-2], -1))
+    return cos.unflatten(1, (heads, -1)), sin.unflatten(1, (heads, -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class RotaryLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qk = self.qk(x).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1))  # (B, N, 2, heads, d)
-        q, k = qk[:, :, 0], qk[:, :, 1]
+        q, k = qk.unbind(2)  # whose gradients are stacked; those of two slices are added
         v = x.flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         cos, sin = rotary_by_width(q, x.shape[1], x.shape[2])
         o = attend(q, k, v, cos, sin, feature_map="elu1")

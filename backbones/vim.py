@@ -99,21 +99,18 @@ class VimMixer(ScanParameters):
     def forward(self, x: Tensor) -> Tensor:
         gate = F.silu(self.gate_proj(x))
         x = self.in_proj(x)
-        y = self.scan(x, 0, self.forwards) + self.scan(x, 1, self.backwards)
+        # Cut once for both directions: gradients of parts are put together, those of slices padded and added.
+        conv_weight, conv_bias = self.conv_weight.unbind(0), self.conv_bias.unbind(0)
+        x_proj_weight, A_log, D = self.x_proj_weight.split(1), self.A_log.split(1), self.D.split(1)
+        dt_weight, dt_bias = self.dt_weight.split(1), self.dt_bias.split(1)
+        sums: list[Tensor] = []
+        for k, routes in enumerate([self.forwards, self.backwards]):
+            u = convolve_tokens(x, conv_weight[k], conv_bias[k], k == 1)
+            dt, B, C = self.project_by(x_proj_weight[k], u)
+            y, _ = scan_routes(u, dt, A_log[k], B, C, D[k], dt_weight[k], dt_bias[k], routes)
+            sums.append(y)  # float32 for float16
+        y = sums[0] + sums[1]
         return self.out_proj((self.scale * y * gate).type_as(gate))
-
-    def scan(self, x: Tensor, k: int, routes: list[int]) -> Tensor:
-        """One direction: convolution, SiLU and scan of (B, L, E) with the k-th parameters; float32 for float16."""
-        x = convolve_tokens(x, self.conv_weight[k], self.conv_bias[k], k == 1)
-        dt, B, C = self.project(x, k, k + 1)
-        A_log, D, dt_weight, dt_bias = (
-            self.A_log[k : k + 1],
-            self.D[k : k + 1],
-            self.dt_weight[k : k + 1],
-            self.dt_bias[k : k + 1],
-        )
-        y, _ = scan_routes(x, dt, A_log, B, C, D, dt_weight, dt_bias, routes)
-        return y
 
 
 class VimBlock(nn.Module):

@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Passed:
+    """The classes of calls that passed an op's checks: calls of the same class need no further ones.
+
+    Args:
+        most: classes that are kept, a bound for programs that see images of any size.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._classes: set[object] = set()
+
+    def has(self, key: object) -> bool:
+        """Whether a call with this key, as from ``shape_class``, passed; never for None."""
+        return key is not None and key in self._classes
+
+    def add(self, key: object) -> None:
+        """Remember a call that passed."""
+        if key is not None:
+            if len(self._classes) >= self._most:
+                self._classes.clear()
+            self._classes.add(key)
+
+
+def shape_class(*tensors: object, options: Hashable = None) -> object:
+    """All that checks of tensors look at, to be compared: shapes, dtypes and devices.
+
+    None where that cannot be told, because a value is no plain tensor (and maybe none at all) or calls are traced,
+    whose sizes may be symbols that comparing would make numbers.
+
+    Args:
+        options: what else the checks depend on, itself checked before: 1 equals True and 1.0.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    facts: list[Any] = [options]
+    for tensor in tensors:
+        if type(tensor) in _PLAIN:
+            facts += tensor.shape, tensor.dtype, tensor.device  # type: ignore[attr-defined]
+        elif tensor is None:
+            facts.append(None)
+        else:
+            return None
+    key = tuple(facts)
+    try:
+        hash(key)
+    except TypeError:  # symbols under a transform of torch.func
+        return None
+    return key
 
 
 def check_tensor(op: str, name: str, value: object) -> torch.Tensor:

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 _ENVIRONMENT_VARIABLE = "SUBQUAD_BACKEND"
@@ -105,11 +106,18 @@ def choose(op: str, call: Any) -> Any:
     Raises:
         ValueError: if the implementation asked for, or none at all, supports the call.
     """
-    explanation, implementation = _judge(op, call)
-    if implementation is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.passed_over.items())
-        raise ValueError(f"{op}: no implementation can serve this call ({reasons})")
-    return importlib.import_module(implementation.module)
+    return _choose(op, call, requested())
+
+
+def _choose(op: str, call: Any, name: str | None) -> Any:
+    for implementation in _ops[op].implementations:
+        if (not name or implementation.name == name) and implementation.why_not(call) is None:
+            return _module(implementation.module)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in _judge(op, call).passed_over.items())
+    raise ValueError(f"{op}: no implementation can serve this call ({reasons})")
+
+
+_module = cache(importlib.import_module)
 
 
 def choose_inside(op: str, call: Any) -> Any:
@@ -118,12 +126,13 @@ def choose_inside(op: str, call: Any) -> Any:
     Raises:
         ValueError: likewise, and if the reference was asked for.
     """
-    if requested() == "reference":
+    name = requested()
+    if name == "reference":
         raise ValueError(
             f"{op}: the reference is not an operator: it runs and is differentiated through subquad.ops.{op}, "
             "so not in scripted models nor for the gradients of what another implementation computed"
         )
-    return choose(op, call)
+    return _choose(op, call, name)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -138,10 +147,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"explain: unknown op {name!r}, expected one of {sorted(_ops)}")
-    return _judge(name, _ops[name].prepare(*args, **kwargs))[0]
+    return _judge(name, _ops[name].prepare(*args, **kwargs))
 
 
-def _judge(op: str, call: Any) -> tuple[Explanation, Implementation | None]:
+def _judge(op: str, call: Any) -> Explanation:
     implementations = _ops[op].implementations
     name = requested()
     passed_over: dict[str, str] = {}
@@ -151,9 +160,9 @@ def _judge(op: str, call: Any) -> tuple[Explanation, Implementation | None]:
             continue
         reason = implementation.why_not(call)
         if reason is None:
-            return Explanation(op, implementation.name, passed_over), implementation
+            return Explanation(op, implementation.name, passed_over)
         passed_over[implementation.name] = reason
-    return Explanation(op, None, passed_over), None
+    return Explanation(op, None, passed_over)
 
 
 def _known(name: str, source: str) -> str:

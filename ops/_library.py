@@ -9,7 +9,7 @@ An operator is opaque to ``torch.compile``, ``torch.export``, autocast, FLOP cou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,47 +19,110 @@ _library = torch.library.Library("subquad", "FRAGMENT")
 
 
 class Operator:
-    """A registered operator; until it gets an autograd formula, a backward pass through it is an error."""
+    """A registered operator; until it gets an autograd formula, a backward pass through it is an error.
+
+    Called as a function, it leaves out PyTorch's dispatcher where nobody watches, see ``is_traced``.
+    """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, function, "CompositeExplicitAutograd")
         self._name = name
         self._op = getattr(torch.ops.subquad, name).default
-        self._formula: tuple[Callable[..., Any], Callable[..., Any]] = (lambda *_: None, self._no_formula)
-        _library.impl(name, self._autograd(), "Autograd")
+        self._function = function
+        self._tensors = sum("Tensor" in str(argument.type) for argument in self._op._schema.arguments)
+        self._formula: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        _library.impl(name, self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        """What the operator returns: tensors first in its arguments, then options in canonical form."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.autograd.profiler._is_profiler_enabled
+            or is_traced(args[: self._tensors])
+        ):
+            return self._op(*args)
+        if torch.is_grad_enabled() and self._needs_gradient(args):
+            # Without a formula for the operator to complain of when the gradient is asked for.
+            return self._op(*args) if self._formula is None else _Formula.apply(self, self._function, *args)
+        return self._function(*args)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """Give the operator a gradient, by the two functions of ``torch.library.register_autograd``."""
         self._formula = setup_context, backward
 
-    def _no_formula(self, ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"subquad::{self._name} has no gradient")
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what ``backward`` needs."""
+        if self._formula is not None:
+            self._formula[0](ctx, inputs, output)
 
-    def _autograd(self) -> Callable[..., Any]:
-        op = self._op
+    def backward(self, ctx: Any, *grads: Any) -> Any:
+        """The gradients of all arguments."""
+        if self._formula is None:
+            raise NotImplementedError(f"subquad::{self._name} has no gradient")
+        return self._formula[1](ctx, *grads)
 
-        def below(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+    def _needs_gradient(self, args: tuple[Any, ...]) -> bool:
+        return any([tensor is not None and tensor.requires_grad for tensor in args[: self._tensors]])  # noqa: C419
 
-        class Formula(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                result = below(*args)
-                self._formula[0](ctx, args, result)
-                return result
+    def _below(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._op(*args)
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return self._formula[1](ctx, *grads)
+    def _autograd(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and self._needs_gradient(args):
+            return _Formula.apply(self, self._below, *args)
+        return self._below(*args)
 
-        def autograd(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-                return Formula.apply(*args)
-            return below(*args)
 
-        return autograd
+class _Formula(torch.autograd.Function):
+    """The gradient of every operator."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, function: Callable[..., Any], *args: Any) -> Any:
+        result = function(*args)
+        ctx.operator = operator
+        operator.setup_context(ctx, args, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None, None, *ctx.operator.backward(ctx, *grads))
+
+
+def _raw(*keys: str) -> int:
+    """The bits of dispatch keys."""
+    bits = 0
+    for key in keys:
+        bits |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr()
+    return bits
+
+
+_DEVICES = ("CPU", "CUDA", "XPU")
+_AUTOGRAD = _raw("AutogradOther", "AutogradFunctionality")
+_UNUSUAL_TENSOR = ~_raw(
+    *_DEVICES, "ADInplaceOrView", *(f"Auto{kind}{device}" for kind in ("grad", "cast") for device in _DEVICES)
+)
+_UNUSUAL_THREAD = ~_raw("BackendSelect", "ADInplaceOrView")
+
+
+def is_traced(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call goes through PyTorch's dispatcher for anybody but autograd and autocast.
+
+    That is a mode (FLOP counts, fake tensors, tracing, a default device), a transform of ``torch.func``, or a tensor
+    that is not plain: of a subclass, without data, or lazily negated. Every hop of the dispatcher takes as long as a
+    small kernel. Profilers, which look on, and compilers, which replace Python, are not meant.
+    """
+    include = torch._C._dispatch_tls_local_include_set().raw_repr()
+    if include & _UNUSUAL_THREAD or torch.overrides.has_torch_function(tensors):
+        return True
+    # Inside other operators' kernels autograd is off in the dispatcher alone; inference mode records nothing anyway.
+    if torch._C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD and torch.is_grad_enabled():
+        return True
+    for tensor in tensors:
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() & _UNUSUAL_TENSOR:
+            return True
+    return False
 
 
 def define(
@@ -84,11 +147,14 @@ def define(
     """
 
     def without_autocast(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        device = args[0].device.type
         if not torch.is_autocast_enabled(device):
             return function(*args)
-        with torch.autocast(device, enabled=False):
+        torch.set_autocast_enabled(device, False)  # the context manager takes as long as many a kernel
+        try:
             return function(*args)
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     op = Operator(name, schema, without_autocast)
     torch.library.register_fake(f"subquad::{name}", fake, lib=_library)
@@ -110,7 +176,7 @@ def define_differentiable(
     kept: Sequence[str] = (),
     followed: Sequence[str] = (),
     fixed: Sequence[int] = (),
-) -> None:
+) -> Operator:
     """Register ``subquad::<name>`` and, for its gradients, ``subquad::<name>_backward``, both opaque.
 
     Args:
@@ -139,22 +205,27 @@ def define_differentiable(
         return or_empty([None if x is None else x.new_empty(x.shape) for x in inputs], args[0])
 
     extra = [f"Tensor grad_{result}" for result in followed] + [f"Tensor {result}" for result in kept]
-    define(
+    backward_operator = define(
         f"{name}_backward",
         lambda *args: or_empty(backward(*args), args[0]),
         schema=f"({', '.join(extra)}, {schema}) -> ({', '.join(['Tensor'] * len(places))})",
         fake=backward_fake,
         flops=lambda *args, out_shape=None: backward_flops(*args[given:]),
     )
-    backward_operator = getattr(torch.ops.subquad, f"{name}_backward").default
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # zeros for every result, to be thrown away
         ctx.save_for_backward(*(output[i] for i in kept_places), *inputs[:tensors])
         ctx.options = inputs[tensors:]
+        ctx.results = [(x.shape, x.dtype) for x in (output[: len(followed)] if len(results) > 1 else (output,))]
 
-    def autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        found = backward_operator(*grads[: len(followed)], *saved, *ctx.options)
+        entering = [
+            saved[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+            for grad, (shape, dtype) in zip(grads, ctx.results, strict=False)
+        ]
+        found = backward_operator(*entering, *saved, *ctx.options)
         by_input: list[Tensor | None] = [None] * (tensors + len(ctx.options))
         for i, grad in zip(places, found, strict=True):
             if saved[len(kept) + i] is not None:
@@ -164,6 +235,7 @@ def define_differentiable(
     returned = f"({', '.join(['Tensor'] * len(results))})" if len(results) > 1 else "Tensor"
     operator = define(name, forward, schema=f"({schema}) -> {returned}", fake=fake, flops=flops)
     operator.register_autograd(autograd, setup_context=setup_context)
+    return operator
 
 
 def attention_flops(

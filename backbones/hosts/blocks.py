@@ -121,7 +121,8 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
-        o = F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        q, k, v = qkv.unbind(2)
+        o = F.scaled_dot_product_attention(q, k, v)
         return self.proj(o.transpose(1, 2).flatten(2))
 
 

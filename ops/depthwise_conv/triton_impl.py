@@ -83,6 +83,8 @@ def _canonical(call: ConvCall) -> ConvCall:
     """``call`` as the kernels take it: a sequence as a map of one column, channels with stride 1."""
     if call.x.shape[1] == 1 and call.weight.shape[1] == 1:
         call = call._replace(x=call.x.transpose(1, 2), weight=call.weight.mT, top=call.left, left=call.top)
+    if call.x.stride(3) == 1 and call.weight.is_contiguous() and (call.bias is None or call.bias.is_contiguous()):
+        return call
     x = call.x if call.x.stride(3) == 1 else call.x.contiguous()
     bias = None if call.bias is None else call.bias.contiguous()
     return call._replace(x=x, weight=call.weight.contiguous(), bias=bias)
@@ -177,7 +179,7 @@ def _compile_ahead(call: ConvCall) -> None:
 
 def forward(call: ConvCall) -> Tensor:
     """Output (B, H, W, C) in x's dtype."""
-    y = call.x.new_empty(call.x.shape)
+    y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
     given, call = call, _canonical(call)
 
     def run(config: Config) -> None:
@@ -199,11 +201,11 @@ def _run_forward(
 
 def backward(call: ConvCall, grad_y: Tensor) -> Gradients:
     """Gradients of x, weight and bias, in their dtypes."""
-    grads = (
-        call.x.new_empty(call.x.shape),
-        call.weight.new_empty(call.weight.shape),
-        None if call.bias is None else call.bias.new_empty(call.bias.shape),
+    grad_x, grad_weight, grad_bias = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:3]
     )
+    assert grad_x is not None and grad_weight is not None
+    grads = grad_x, grad_weight, grad_bias
     call, grad_z = _canonical(call), grad_y.contiguous()
     if call.activation != "none":
         grad_y, grad_z = grad_z, torch.empty_like(grad_z)
@@ -228,5 +230,5 @@ def _run_backward(call: ConvCall, grad_z: Tensor, grads: Gradients, config: Conf
         plan.launch("gradients", depthwise_conv_bwd_kernel, plan.grid, arguments, plan.meta)
         arguments = (partials, grad_weight, grad_weight if grad_bias is None else grad_bias)
         arguments = (*arguments, plan.programs, call.x.shape[3], first, step, numbers)
-        grid = (triton.cdiv(numbers, plan.meta["BJ"]), 1, 1)
+        grid = (-(-numbers // plan.meta["BJ"]), 1, 1)
         plan.launch("sums", depthwise_conv_bwd_kernel_sums, grid, arguments, plan.meta)

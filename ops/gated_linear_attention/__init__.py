@@ -69,7 +69,7 @@ def gated_linear_attention(
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.
         return reference.attend(call)
-    return torch.ops.subquad.gated_linear_attention(*call)
+    return _operator(*call)
 
 
 def prepare(
@@ -83,6 +83,31 @@ def prepare(
     out_dtype: torch.dtype | None = None,
 ) -> GatedCall:
     """Check the arguments of ``gated_linear_attention`` and bring them to canonical form."""
+    if gate_normalizer is not None and not 0 < gate_normalizer < float("inf"):
+        raise ValueError(f"{_OP}: gate_normalizer must be positive and finite, got {gate_normalizer}")
+    _checks.check_tensor(_OP, "q", q)
+    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
+    key = _checks.shape_class(q, k, v, gates, options=(autocast is None, out_dtype))
+    if not _passed.has(key):
+        _check_tensors(q, k, v, gates, out_dtype)
+        _passed.add(key)
+    if autocast is not None:
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
+    return GatedCall(
+        q=q,
+        k=k,
+        v=v,
+        gates=gates,
+        gate_normalizer=None if gate_normalizer is None else float(gate_normalizer),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        out_dtype=out_dtype or q.dtype,
+    )
+
+
+_passed = _checks.Passed()
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_dtype: torch.dtype | None) -> None:
     for name, value in (("q", q), ("k", k), ("v", v), ("gates", gates)):
         _checks.check_tensor(_OP, name, value)
     if q.dim() != 4 or 0 in q.shape[1:]:
@@ -93,21 +118,6 @@ def prepare(
     _checks.check_shape(_OP, "v", v, "(B, N, H, d_v)", (batch, length, heads, d_v))
     _checks.check_shape(_OP, "gates", gates, "(B, N, 2, H, d_k)", (batch, length, 2, heads, d_k))
     _check_dtypes_and_devices(q, k, v, gates, out_dtype)
-    if gate_normalizer is not None and not 0 < gate_normalizer < float("inf"):
-        raise ValueError(f"{_OP}: gate_normalizer must be positive and finite, got {gate_normalizer}")
-
-    autocast = _library.autocast_dtype(q.device)
-    if autocast is not None and q.dtype != torch.float64:
-        q, k, v = (value.to(autocast) for value in (q, k, v))
-    return GatedCall(
-        q=q,
-        k=k,
-        v=v,
-        gates=gates,
-        gate_normalizer=None if gate_normalizer is None else float(gate_normalizer),
-        scale=d_k**-0.5 if scale is None else float(scale),
-        out_dtype=out_dtype or q.dtype,
-    )
 
 
 def _check_dtypes_and_devices(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -151,7 +161,7 @@ def _flops(*args: Any, out_shape: Any = None) -> int:
     return 2 * 5 * batch * length * heads * d_k * shapes.v[-1]
 
 
-_library.define_differentiable(
+_operator = _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
     tensors=4,

@@ -100,7 +100,10 @@ class _Plan(NamedTuple):
     value_blocks: int
     tile_dtype: torch.dtype
     sizes: tuple[int, ...]  # length to groups of every kernel's arguments
+    strides: tuple[int, ...]  # of q, k, v and gates
+    more_strides: tuple[int, ...]  # of the gradient, or v's
     meta: dict[str, Any]
+    states_meta: dict[str, Any]
     launch: _triton.Launcher
 
     @property
@@ -122,10 +125,10 @@ def _plan_for(
         on_new: see ``Plans.get``.
     """
     key = (which, config, *call[4:], *map(_triton.facts, (*call[:4], *more)))
-    return _plans.get(key, call.q, lambda: _make_plan(which, call, config), on_new)
+    return _plans.get(key, call.q, lambda: _make_plan(which, call, config, *more), on_new)
 
 
-def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
+def _make_plan(which: str, call: GatedCall, config: Config, *more: Tensor) -> _Plan:
     batch, length, heads, d_k = call.q.shape
     d_v = call.v.shape[-1]
     # A short sequence in a chunk of its size: padded rows cost as much as others.
@@ -161,7 +164,10 @@ def _make_plan(which: str, call: GatedCall, config: Config) -> _Plan:
         value_blocks=value_blocks,
         tile_dtype=torch.bfloat16 if narrow else torch.float32,
         sizes=(length, heads, chunks, segments, segment_chunks, batch * heads),
+        strides=_strides(*call[:4]),
+        more_strides=_strides(*(more or (call.v,))),
         meta=meta,
+        states_meta={**meta, "GRAD": kinds == 4, "num_stages": 2, "maxnreg": 255},
         launch=_triton.Launcher(),
     )
 
@@ -203,8 +209,8 @@ def _states(call: GatedCall, grad: Tensor | None, plan: _Plan) -> _Between:
         "states",
         gated_linear_attention_states_kernel,
         (groups * plan.segments * kinds, plan.value_blocks, 1),
-        (*call[:4], grad, tiles, sums, ends, totals, *_strides(*call[:4], grad), *plan.sizes, kinds),
-        {**plan.meta, "GRAD": kinds == 4, "num_stages": 2, "maxnreg": 255},
+        (*call[:4], grad, tiles, sums, ends, totals, *plan.strides, *plan.more_strides, *plan.sizes, kinds),
+        plan.states_meta,
     )
     if not plan.two_level:
         return _Between(tiles, tiles, tiles)
@@ -236,7 +242,7 @@ def _forward(call: GatedCall, config: Config) -> Tensor:
             "output",
             gated_linear_attention_fwd_kernel,
             (plan.sizes[-1] * plan.chunks, plan.value_blocks, 1),
-            (*call[:4], out, *between, *_strides(*call[:4]), *plan.sizes),
+            (*call[:4], out, *between, *plan.strides, *plan.sizes),
             plan.meta,
         )
     return out
@@ -251,7 +257,7 @@ def backward(call: GatedCall, grad: Tensor) -> Gradients:
 
 def _backward(call: GatedCall, grad: Tensor, config: Config) -> Gradients:
     plan = _plan_for("backward", call, config, grad)
-    grads = [value.new_empty(value.shape) for value in call[:4]]
+    grads = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in call[:4]]
     parts = grads.copy()
     if plan.value_blocks > 1:
         for i in (0, 1, 3):
@@ -262,7 +268,7 @@ def _backward(call: GatedCall, grad: Tensor, config: Config) -> Gradients:
             "gradients",
             gated_linear_attention_bwd_kernel,
             (plan.sizes[-1] * plan.chunks, plan.value_blocks, 1),
-            (*call[:4], grad, *parts, *between, *_strides(*call[:4], grad), *plan.sizes),
+            (*call[:4], grad, *parts, *between, *plan.strides, *plan.more_strides, *plan.sizes),
             plan.meta,
         )
     if plan.value_blocks > 1:
@@ -278,10 +284,12 @@ def _scratch(call: GatedCall, *shape: int) -> Tensor:
 
 def _with_rows(call: GatedCall) -> GatedCall:
     """The call with every row of numbers contiguous, as the kernels read them; what is not is copied."""
+    if all(value.stride(-1) == 1 for value in call[:4]):
+        return call
     q, k, v, gates = (value if value.stride(-1) == 1 else value.contiguous() for value in call[:4])
     return call._replace(q=q, k=k, v=v, gates=gates)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of all axes but the last, tensor by tensor."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:-1])

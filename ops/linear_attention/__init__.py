@@ -114,7 +114,7 @@ def linear_attention(
         # Outside the operator, so that autograd differentiates the formula itself.
         _check_features(call)
         return reference.attend(call)[0]
-    return torch.ops.subquad.linear_attention(*call)[0]
+    return _operator(*call)[0]
 
 
 def prepare(
@@ -132,23 +132,34 @@ def prepare(
 ) -> AttentionCall:
     """Check the public arguments and bring them to canonical form; see ``linear_attention``."""
     _check_options(normalizer, feature_map, scale, eps)
-    given = {"q": q, "k": k, "v": v, "q_content": q_content, "k_content": k_content}
-    for name, value in given.items():
-        if value is not None or len(name) == 1:
-            _checks.check_tensor(_OP, name, value)
-    _check_shapes(q, k, v, q_content, k_content)
-    cos, sin = _check_rotary(rotary, q, k, q_content)
+    _checks.check_tensor(_OP, "q", q)
     autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
-    for name, value in given.items():
-        if value is not None:
-            _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
-            _checks.check_device(_OP, name, value, q.device)
+    tables = (None, None) if rotary is None else _pair(rotary)
+    trained = any(isinstance(table, Tensor) and table.requires_grad for table in tables)
+    key = _checks.shape_class(q, k, v, q_content, k_content, *tables, options=(autocast is None, trained))
+    if not _passed.has(key):
+        given = {"q": q, "k": k, "v": v, "q_content": q_content, "k_content": k_content}
+        for name, value in given.items():
+            if value is not None or len(name) == 1:
+                _checks.check_tensor(_OP, name, value)
+        _check_shapes(q, k, v, q_content, k_content)
+        if rotary is not None:
+            _check_rotary(tables, q, k, q_content)
+        for name, value in given.items():
+            if value is not None:
+                _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
+                _checks.check_device(_OP, name, value, q.device)
+        _passed.add(key)
+    cos, sin = (table if table is None or table.dtype == torch.float64 else table.float() for table in tables)
     if autocast is not None:
         dtype = torch.promote_types(q.dtype, k.dtype) if feature_map == "identity" else autocast
         q, k, v = (value.to(dtype) for value in (q, k, v))
         if q_content is not None and k_content is not None:
             q_content, k_content = q_content.to(dtype), k_content.to(dtype)
     return AttentionCall(q, k, v, q_content, k_content, cos, sin, normalizer, feature_map, float(scale), float(eps))
+
+
+_passed = _checks.Passed()
 
 
 def _check_options(normalizer: str, feature_map: str, scale: float, eps: float) -> None:
@@ -185,22 +196,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, q_content: Tensor | None, k_c
         _checks.check_shape(_OP, "k_content", k_content, "(B, N, H, D)", k.shape)
 
 
-def _check_rotary(
-    rotary: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, q_content: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if rotary is None:
-        return None, None
-    if q_content is not None:
-        raise ValueError(f"{_OP}: rotary and q_content exclude each other: both say what the content features are")
+def _pair(rotary: Any) -> tuple[Any, Any]:
     if not isinstance(rotary, tuple | list) or len(rotary) != 2:
         raise TypeError(f"{_OP}: rotary must be a pair of tensors (cos, sin), got {type(rotary).__name__}")
+    return rotary[0], rotary[1]
+
+
+def _check_rotary(tables: tuple[Any, Any], q: Tensor, k: Tensor, q_content: Tensor | None) -> None:
+    if q_content is not None:
+        raise ValueError(f"{_OP}: rotary and q_content exclude each other: both say what the content features are")
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"{_OP}: rotary needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
     tokens, heads, dim = q.shape[1:]
     if dim % 2:
         raise ValueError(f"{_OP}: rotary turns pairs of channels, so D must be even, got {dim}")
-    tables = []
-    for name, table in zip(("cos", "sin"), rotary, strict=True):
+    for name, table in zip(("cos", "sin"), tables, strict=True):
         _checks.check_tensor(_OP, name, table)
         own = table.shape[1] if table.dim() == 3 and table.shape[1] == 1 else heads
         _checks.check_shape(_OP, name, table, "(N, 1 or H, D / 2)", (tokens, own, dim // 2))
@@ -208,8 +218,6 @@ def _check_rotary(
         _checks.check_device(_OP, name, table, q.device)
         if table.requires_grad:
             raise ValueError(f"{_OP}: the rotary table {name} requires a gradient, but tables are not differentiable")
-        tables.append(table if table.dtype == torch.float64 else table.float())
-    return tables[0], tables[1]
 
 
 def _check_features(call: AttentionCall) -> None:
@@ -269,7 +277,7 @@ def _backward_flops(*args: Any) -> int:
     return batch * heads * ((6 * queries + 4 * keys) * dim * values + 4 * queries * dim + weights)
 
 
-_library.define_differentiable(
+_operator = _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
     tensors=7,

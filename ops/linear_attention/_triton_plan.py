@@ -99,7 +99,7 @@ def config_for(which: str, call: AttentionCall, run: Callable[[Config], object])
 
 def _padded(x: Tensor) -> int:
     """Head dimension of a tile: a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(x.shape[-1]))
+    return max(16, 1 << (x.shape[-1] - 1).bit_length())  # triton's own function takes as long as a view
 
 
 class Plan(NamedTuple):
@@ -108,6 +108,7 @@ class Plan(NamedTuple):
     splits: int
     programs: int
     sizes: tuple[int, ...]  # queries to key_chunk of every kernel's arguments
+    strides: tuple[int, ...]  # of tokens, in the backward pass grad_o's first, and of tables
     meta: dict[str, Any]
     launch: _triton.Launcher
 
@@ -118,10 +119,10 @@ _plans: _triton.Plans[Plan] = _triton.Plans()
 def plan_for(which: str, call: AttentionCall, config: Config, grad_o: Tensor | None = None) -> Plan:
     """The plan of a call's shape class: all that the kernels are compiled for."""
     key = (which, config, call.normalizer, call.feature_map, *map(_triton.facts, (*call[:7], grad_o)))
-    return _plans.get(key, call.v, lambda: _make_plan(call, config))
+    return _plans.get(key, call.v, lambda: _make_plan(call, config, grad_o))
 
 
-def _make_plan(call: AttentionCall, config: Config) -> Plan:
+def _make_plan(call: AttentionCall, config: Config, grad_o: Tensor | None) -> Plan:
     batch, queries, heads, _ = call.q.shape
     keys = call.k.shape[1]
     tokens, programs = max(queries, keys), batch * heads
@@ -159,7 +160,11 @@ def _make_plan(call: AttentionCall, config: Config) -> Plan:
     sizes = (
         queries, keys, heads, splits, _chunk(queries, splits, config.tokens), _chunk(keys, splits, config.tokens),
     )  # fmt: skip
-    return Plan(splits, programs * splits, sizes, meta, _triton.Launcher())
+    q_content = call.q if call.q_content is None else call.q_content
+    k_content = call.k if call.k_content is None else call.k_content
+    first = () if grad_o is None else (grad_o,)
+    strides = (*_token_strides(*first, *call[:3], q_content, k_content), *_table_strides(call))
+    return Plan(splits, programs * splits, sizes, strides, meta, _triton.Launcher())
 
 
 def _chunk(tokens: int, splits: int, tile: int) -> int:
@@ -169,10 +174,9 @@ def _chunk(tokens: int, splits: int, tile: int) -> int:
 
 def readable(call: AttentionCall) -> AttentionCall:
     """The call with tensors as the kernels read them; only what is not laid out that way is copied."""
-    q, k, v = (as_rows(x) for x in (call.q, call.k, call.v))
-    q_content, k_content = (None if x is None else as_rows(x) for x in (call.q_content, call.k_content))
-    cos, sin = (None if x is None else x.float().contiguous() for x in (call.cos, call.sin))
-    return call._replace(q=q, k=k, v=v, q_content=q_content, k_content=k_content, cos=cos, sin=sin)
+    rows = [None if x is None else as_rows(x) for x in call[:5]]
+    tables = [None if x is None else x.float().contiguous() for x in call[5:7]]
+    return AttentionCall._make([*rows, *tables, *call[7:]])
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -181,12 +185,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x if adjacent and x.stride(1) < _WIDEST else x.contiguous()
 
 
-def token_strides(*tensors: Tensor) -> tuple[int, ...]:
+def _token_strides(*tensors: Tensor) -> tuple[int, ...]:
     """Strides of an image, a token and a head of each."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def table_strides(call: AttentionCall) -> tuple[int, int]:
+def _table_strides(call: AttentionCall) -> tuple[int, int]:
     """Strides of a token and a head of the rotary tables; 0 for all heads alike."""
     if call.cos is None:
         return 0, 0

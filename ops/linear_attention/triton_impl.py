@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from subquad.ops.linear_attention._triton_backward import linear_attention_bwd_kernel
@@ -37,8 +36,6 @@ from subquad.ops.linear_attention._triton_plan import (
     config_for,
     plan_for,
     readable,
-    table_strides,
-    token_strides,
 )
 from subquad.ops.linear_attention.call import AttentionCall, Gradients, Statistics, empty_statistics
 
@@ -78,8 +75,7 @@ def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
             (plan.programs, 1, 1),
             (
                 call.q, call.k, call.v, q_content, k_content, cos, sin, o, *sums[:3], query_mean, *sums[3:],
-                *plan.sizes, *token_strides(call.q, call.k, call.v, q_content, k_content), *table_strides(call),
-                *strides, call.scale, call.eps,
+                *plan.sizes, *plan.strides, *strides, call.scale, call.eps,
             ),
             {**plan.meta, **{which: which in sweeps for which in ("MEAN", "KEYS", "QUERIES", "PARTIAL")}},
         )  # fmt: skip
@@ -100,7 +96,7 @@ def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
         plan.launch(
             "combine",
             linear_attention_fwd_kernel_combine,
-            (batch * heads, triton.cdiv(dim * values, plan.meta["BJ"]), 1),
+            (batch * heads, -(-(dim * values) // plan.meta["BJ"]), 1),
             (
                 *sums,
                 *statistics[:3],
@@ -132,7 +128,9 @@ def _backward(call: AttentionCall, statistics: Statistics, grad_o: Tensor, confi
     plan = plan_for("backward", call, config, grad_o)
     batch, _, heads, dim = call.q.shape
     values = call.v.shape[-1]
-    grads = tuple(None if value is None else value.new_empty(value.shape) for value in call[:5])
+    grads = tuple(
+        None if value is None else torch.empty_like(value, memory_format=torch.contiguous_format) for value in call[:5]
+    )
     dq, dk, dv, dqc, dkc = grads
     weighted = call.normalizer == "softmax_weighted"
     q_content, k_content, cos, sin = _optional(call)
@@ -151,8 +149,7 @@ def _backward(call: AttentionCall, statistics: Statistics, grad_o: Tensor, confi
             (
                 grad_o, call.q, call.k, call.v, q_content, k_content, cos, sin, *statistics, dq, dk, dv,
                 dq if dqc is None else dqc, dk if dkc is None else dkc, sums, totals, extra, extra_total,
-                *plan.sizes, *token_strides(grad_o, call.q, call.k, call.v, q_content, k_content),
-                *table_strides(call), width, call.scale, call.eps,
+                *plan.sizes, *plan.strides, width, call.scale, call.eps,
             ),
             {**plan.meta, **{which: which in sweeps for which in ("SUMS", "KEYS", "GRADS")}},
         )  # fmt: skip
@@ -176,7 +173,7 @@ def _add_up(plan: Plan, name: str, parts: Tensor, total: Tensor, divisor: int) -
     plan.launch(
         name,
         linear_attention_kernel_sum,
-        (triton.cdiv(columns, block), 1, 1),
+        (-(-columns // block), 1, 1),
         (parts, total, columns, plan.splits, float(divisor)),
         {"BJ": block, "num_warps": 4},
     )

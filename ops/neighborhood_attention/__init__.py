@@ -130,7 +130,7 @@ def _attend(axes: int, *arguments: Any, return_lse: bool = False, **options: Any
         # Outside the operator, so that autograd differentiates the formula itself.
         o, lse = reference.attend(call)
     else:
-        o, lse = torch.ops.subquad.neighborhood_attention(*call)
+        o, lse = _operator(*call)
     return (o, lse) if return_lse else o
 
 
@@ -171,7 +171,7 @@ def _products(*args: Any) -> tuple[int, int, int]:
 
 
 _flops, _backward_flops = _library.attention_flops(_products)
-_library.define_differentiable(
+_operator = _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
     tensors=6,

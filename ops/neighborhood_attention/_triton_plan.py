@@ -70,15 +70,16 @@ def default_config(which: str, call: NeighborhoodCall) -> Config:
 
 def config_for(which: str, call: NeighborhoodCall, run: Callable[[Config], object]) -> Config:
     """The same, or with ``SUBQUAD_AUTOTUNE=1`` what was fastest when ``run`` launched each candidate."""
-    options = (call.kernel_size, call.dilation, call.stride, call.is_causal, call.rpb is not None, call.extra)
+    options = (*call[6:10], call.rpb is not None, call.extra)
     key = ("neighborhood_attention", which, *call.q.shape, *call.v.shape[-2:], *options, call.q.dtype)
     return _triton.tuned(key, call.q, _CANDIDATES, default_config(which, call), run)
 
 
 def with_axes(call: NeighborhoodCall, axes: int) -> NeighborhoodCall:
     """The call with further axes in front, if it has fewer, and with the channels of a token side by side."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
-    call = call._replace(q=q, k=k, v=v)
+    if not call.q.stride(-1) == call.k.stride(-1) == call.v.stride(-1) == 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:3])
+        call = call._replace(q=q, k=k, v=v)
     for _ in range(axes - len(call.size)):
         call = call._replace(
             q=call.q.unsqueeze(1),

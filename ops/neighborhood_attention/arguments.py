@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from subquad.ops.neighborhood_attention.call import NeighborhoodCall
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _Given = dict[str, Tensor | None]
 _Window = tuple[list[int], list[int], list[int], list[bool]]
+_passed = _checks.Passed()
 
 
 def prepare(
@@ -35,10 +36,18 @@ def prepare(
 ) -> NeighborhoodCall:
     """Check the public arguments of ``na<axes>d`` and make them canonical; ``return_lse`` has no part in it."""
     op = f"na{axes}d"
-    maps: _Given = {"q": q, "k": k, "v": v}
-    additional = {"additional_keys": additional_keys, "additional_values": additional_values}
-    window, _ = _check(op, axes, maps, additional, rpb, kernel_size, dilation, stride, is_causal)
-    q, k, v, additional_keys, additional_values = _cast(op, maps | additional)
+    window = _per_axes(op, axes, kernel_size, dilation, stride, is_causal)
+    autocast = _autocast_dtype(_checks.check_tensor(op, "q", q))
+    options = (autocast is None, *(tuple(entries) for entries in window))
+    key = _checks.shape_class(q, k, v, rpb, additional_keys, additional_values, options=options)
+    if not _passed.has(key):
+        maps: _Given = {"q": q, "k": k, "v": v}
+        additional = {"additional_keys": additional_keys, "additional_values": additional_values}
+        _check(op, axes, maps, additional, rpb, *window)
+        _check_dtypes(op, maps | additional, autocast is not None)
+        _passed.add(key)
+    if autocast is not None:
+        q, k, v, additional_keys, additional_values = _cast((q, k, v, additional_keys, additional_values), autocast)
     return NeighborhoodCall(q, k, v, rpb, additional_keys, additional_values, *window, _factor(scale, q))
 
 
@@ -60,7 +69,7 @@ def prepare_qk(
     maps: _Given = {"q": q, "k": k}
     additional = {"additional_keys": additional_keys}
     window, _ = _check(op, axes, maps, additional, rpb, kernel_size, dilation, stride, is_causal)
-    q, k, additional_keys = _cast(op, maps | additional)
+    q, k, additional_keys = _check_and_cast(op, maps | additional)
     return NeighborhoodCall.of_qk(q, k, rpb, additional_keys, *window, _factor(scale, q))
 
 
@@ -82,7 +91,7 @@ def prepare_av(
     window, tokens = _check(op, axes, maps, additional, None, kernel_size, dilation, stride, is_causal)
     expected = (*attn.shape[:-1], math.prod(window[0]) + tokens)
     _checks.check_shape(op, "attn", attn, f"(B, {_names(axes)}, heads, K an axis + M)", expected)
-    attn, v, additional_values = _cast(op, maps | additional)
+    attn, v, additional_values = _check_and_cast(op, maps | additional)
     return NeighborhoodCall.of_av(attn, v, additional_values, *window)
 
 
@@ -151,11 +160,7 @@ def _check_window(
     is_causal: bool | Sequence[bool],
 ) -> _Window:
     """One kernel size, dilation, stride and causality an axis."""
-    axes = len(size)
-    kernels = per_axis(op, "kernel_size", kernel_size, axes)
-    dilations = per_axis(op, "dilation", dilation, axes)
-    strides = per_axis(op, "stride", stride, axes)
-    causal = per_axis(op, "is_causal", is_causal, axes, bool)
+    window = kernels, dilations, strides, _ = _per_axes(op, len(size), kernel_size, dilation, stride, is_causal)
     for axis, (length, kernel, spread, step) in enumerate(zip(size, kernels, dilations, strides, strict=True)):
         if kernel * spread > length:
             raise ValueError(
@@ -163,7 +168,16 @@ def _check_window(
                 f"got {kernel} * {spread} = {kernel * spread}"
             )
         check_stride(op, axis, step, kernel)
-    return kernels, dilations, strides, causal
+    return window
+
+
+def _per_axes(op: str, axes: int, kernel_size: Any, dilation: Any, stride: Any, is_causal: Any) -> _Window:
+    return (
+        per_axis(op, "kernel_size", kernel_size, axes),
+        per_axis(op, "dilation", dilation, axes),
+        per_axis(op, "stride", stride, axes),
+        per_axis(op, "is_causal", is_causal, axes, bool),
+    )
 
 
 def check_stride(op: str, axis: int, stride: int, kernel_size: int) -> None:
@@ -178,6 +192,8 @@ def per_axis(op: str, name: str, value: Any, axes: int, kind: type = int) -> lis
     Raises:
         ValueError: naming the argument, what was given and what was expected.
     """
+    if type(value) is bool if kind is bool else type(value) is int and value >= 1:
+        return [value] * axes
     values = list(value) if isinstance(value, Sequence) else [value] * axes
     if kind is bool:
         fit = all(isinstance(entry, bool) for entry in values)
@@ -197,18 +213,31 @@ def _check_bias(op: str, rpb: Tensor | None, q: Tensor, kernels: Sequence[int]) 
         _checks.check_device(op, "rpb", rpb, q.device)
 
 
-def _cast(op: str, given: _Given) -> list[Any]:
+def _check_and_cast(op: str, given: _Given) -> list[Any]:
     """Activations of one dtype and device, the first's; under autocast in its dtype, float64 excepted."""
     first = next(iter(given.values()))
     assert first is not None
-    autocast = _library.autocast_dtype(first.device) if first.dtype != torch.float64 else None
+    autocast = _autocast_dtype(first)
+    _check_dtypes(op, given, autocast is not None)
+    return list(given.values()) if autocast is None else _cast(given.values(), autocast)
+
+
+def _check_dtypes(op: str, given: _Given, casts: bool) -> None:
+    """Raises unless activations have the first's device and dtype; of dtypes any serves if autocast unites them."""
+    first = next(iter(given.values()))
+    assert first is not None
     for name, value in given.items():
         if value is not None:
-            allowed = (first.dtype,) if autocast is None and value is not first else _DTYPES
-            _checks.check_dtype(op, name, value, allowed)
+            _checks.check_dtype(op, name, value, _DTYPES if casts or value is first else (first.dtype,))
             _checks.check_device(op, name, value, first.device)
-    values = list(given.values())
-    return values if autocast is None else [None if value is None else value.to(autocast) for value in values]
+
+
+def _autocast_dtype(first: Tensor) -> torch.dtype | None:
+    return _library.autocast_dtype(first.device) if first.dtype != torch.float64 else None
+
+
+def _cast(values: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [None if value is None else value.to(dtype) for value in values]
 
 
 def _factor(scale: float | None, q: Tensor) -> float:

@@ -59,9 +59,11 @@ def _compile_ahead(call: NeighborhoodCall) -> None:
 
 def forward(call: NeighborhoodCall) -> tuple[Tensor, Tensor]:
     """Output (B, *S, H, E) in q's dtype and lse (B, *S, H) in float32."""
-    size = call.q.shape[:-1]
-    call = with_axes(call, 2)
+    given, call = call, with_axes(call, 2)
     o, lse = _forward(call, config_for("forward", call, lambda config: _forward(call, config)))
+    if call.q.dim() == given.q.dim():
+        return o, lse
+    size = given.q.shape[:-1]
     return o.view(*size, o.shape[-1]), lse.view(size)
 
 
@@ -86,8 +88,10 @@ def backward(call: NeighborhoodCall, grad_o: Tensor, grad_lse: Tensor, o: Tensor
     given = call
     call = with_axes(call, 2)
     size = call.q.shape[:-1]
-    o, lse = o.contiguous().view(*size, o.shape[-1]), lse.contiguous().view(size)
-    grad_o, grad_lse = grad_o.contiguous().view_as(o), grad_lse.contiguous().view_as(lse)
+    o, lse, grad_o, grad_lse = o.contiguous(), lse.contiguous(), grad_o.contiguous(), grad_lse.contiguous()
+    if call.q.dim() != given.q.dim():
+        o, lse = o.view(*size, o.shape[-1]), lse.view(size)
+        grad_o, grad_lse = grad_o.view_as(o), grad_lse.view_as(lse)
 
     def of_queries(config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
         return _backward_queries(call, grad_o, grad_lse, o, lse, config)
@@ -99,6 +103,8 @@ def backward(call: NeighborhoodCall, grad_o: Tensor, grad_lse: Tensor, o: Tensor
 
     grad_k, grad_v = of_keys(config_for("keys", call, of_keys))
     grads = (grad_q, grad_k, grad_v, grad_rpb, *_backward_extra(call, grad_o, rows))
+    if call.q.dim() == given.q.dim():
+        return grads
     return tuple(None if x is None or y is None else x.view_as(y) for x, y in zip(grads, given[:6], strict=True))
 
 
@@ -106,7 +112,7 @@ def _backward_queries(
     call: NeighborhoodCall, grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, config: Config
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the other kernel needs of each query (its lse and <do, o> - dlse), and the gradients of q and rpb."""
-    rows, grad_q = lse.new_empty((*lse.shape, 2)), call.q.new_empty(call.q.shape)
+    rows, grad_q = lse.new_empty((*lse.shape, 2)), torch.empty_like(call.q, memory_format=torch.contiguous_format)
     plan = plan_for("queries", call, config, grad_o, grad_lse, o, lse)
     tables = rows
     if call.rpb is not None:
@@ -133,7 +139,7 @@ def _backward_queries(
 
 def _backward_keys(call: NeighborhoodCall, grad_o: Tensor, rows: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Gradients of k and v."""
-    grad_k, grad_v = call.k.new_empty(call.k.shape), call.v.new_empty(call.v.shape)
+    grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.k, call.v))
     plan = plan_for("keys", call, config, grad_o)
     if call.q.shape[0]:
         with torch.cuda.device_of(call.q):

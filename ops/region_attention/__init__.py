@@ -95,7 +95,7 @@ def region_attention(
         # Outside the operator, so that autograd differentiates the formula itself.
         _check_entries(call)
         return reference.attend(call)[0]
-    return torch.ops.subquad.region_attention(*call)[0]
+    return _operator(*call)[0]
 
 
 def route_regions(
@@ -153,11 +153,30 @@ def prepare(
     hide_padding: bool = False,
 ) -> RegionCall:
     """Check the public arguments and bring them to canonical form; see ``region_attention``."""
+    size, kv_size = _sizes(_OP, region_size, kv_region_size)
+    _checks.check_tensor(_OP, "q", q)
+    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
+    options = (*size, *kv_size, bool(hide_padding), autocast is None)
     given = {"q": q, "k": k, "v": v, "regions": regions, "weights": weights, "pad_k": pad_k, "pad_v": pad_v}
+    key = _checks.shape_class(*given.values(), options=options)
+    if not _passed.has(key):
+        _check_tensors(given, size, kv_size, hide_padding, autocast is not None)
+        _passed.add(key)
+    if autocast is not None:
+        q, k, v, pad_k, pad_v = (None if x is None else x.to(autocast) for x in (q, k, v, pad_k, pad_v))  # type: ignore[assignment]
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return RegionCall(q, k, v, regions, weights, pad_k, pad_v, size, kv_size, factor, hide_padding)
+
+
+_passed = _checks.Passed()
+
+
+def _check_tensors(given: dict[str, Any], size: list[int], kv_size: list[int], hide_padding: bool, casts: bool) -> None:
+    """Raises TypeError or ValueError, as ``region_attention`` says; ``casts`` is whether autocast unites dtypes."""
+    q, k, v, regions, weights, pad_k, pad_v = given.values()
     for name, value in given.items():
         if value is not None or name in ("q", "k", "v", "regions"):
             _checks.check_tensor(_OP, name, value)
-    size, kv_size = _sizes(_OP, region_size, kv_region_size)
     _check_maps(_OP, q, k, v)
     if hide_padding and (pad_k is not None or pad_v is not None):
         raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
@@ -176,19 +195,12 @@ def prepare(
         raise ValueError(f"{_OP}: regions must name at least one region for each, got shape {tuple(regions.shape)}")
     _checks.check_dtype(_OP, "regions", regions, (torch.int64, torch.int32))
 
-    autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
-    activations: list[Any] = [q, k, v, pad_k, pad_v]
-    for name, value in zip(("q", "k", "v", "pad_k", "pad_v"), activations, strict=True):
-        if value is not None:
-            _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
+    for name, value in given.items():
+        if value is not None and name not in ("regions", "weights"):
+            _checks.check_dtype(_OP, name, value, _DTYPES if casts or name == "q" else (q.dtype,))
             _checks.check_device(_OP, name, value, q.device)
     if weights is not None:
         _checks.check_dtype(_OP, "weights", weights, _DTYPES)
-    if autocast is not None:
-        activations = [None if value is None else value.to(autocast) for value in activations]
-    q, k, v, pad_k, pad_v = activations
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return RegionCall(q, k, v, regions, weights, pad_k, pad_v, size, kv_size, factor, hide_padding)
 
 
 def _check_maps(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -278,7 +290,7 @@ def _routing_flops(q: Any, k: Any, region_size: Any, kv_region_size: Any, topk: 
     return 2 * q[0] * -(-q[1] // region_size[0]) * -(-q[2] // region_size[1]) * keys * q[3] * q[4]
 
 
-_library.define_differentiable(
+_operator = _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
     tensors=7,

@@ -100,9 +100,10 @@ def selective_scan(
         # Outside the operator, so that autograd differentiates the formula itself.
         y, last_state = reference.scan(call)
     else:
-        y, states = torch.ops.subquad.selective_scan(*call)
-        last_state = states[:, :, -1]
-    y = y.reshape(x.shape)
+        y, states = _operator(*call)
+        last_state = states[:, :, -1] if return_last_state else states
+    if x.dim() == 3:
+        y = y.squeeze(1)
     if z is not None:
         y = (y * torch.nn.functional.silu(z.to(y.dtype))).to(result_dtype)
     if return_last_state:
@@ -127,45 +128,73 @@ def prepare(
     out_dtype: torch.dtype | None = None,
 ) -> ScanCall:
     """Check the public arguments and bring them to canonical form (see ``selective_scan`` for arguments and errors)."""
-    _checks.check_tensor(_OP, "x", x)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"{_OP}: x must be (B, H, W, E) or (B, L, E), got shape {tuple(x.shape)}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{_OP}: x must not have an empty map or no channels, got shape {tuple(x.shape)}")
     codes = route_codes(routes)
-    maps = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
-    parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
-    for name, value in {**maps, **parameters}.items():
-        if value is not None or name in ("dt", "A", "B", "C"):
-            _checks.check_tensor(_OP, name, value)
-    _check_map_shapes(x, dt, A, B, C, dt_weight, z, len(codes))
-    _check_parameter_shapes(x, A, D, dt_bias, initial_state, len(codes))
+    _checks.check_tensor(_OP, "x", x)
+    autocast = _library.autocast_dtype(x.device) if x.dtype != torch.float64 else None
+    given = (x, dt, A, B, C, D, dt_weight, dt_bias, z, initial_state)
+    key = _checks.shape_class(*given, options=(len(codes), autocast is None, out_dtype))
+    if not _passed.has(key):
+        _check_tensors(*given, out_dtype, len(codes))
+        _passed.add(key)
     table = _prepare_table(routes, x) if isinstance(routes, Tensor) else None
-    _check_dtypes_and_devices(maps, parameters, out_dtype)
-
-    autocast = _library.autocast_dtype(x.device)
-    if autocast is not None and x.dtype != torch.float64:
+    if autocast is not None:
         x, dt, B, C = (value.to(autocast) for value in (x, dt, B, C))
     wide = _parameter_dtype(x)
     if B.dim() == x.dim() + 1:
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)
     if x.dim() == 3:
         x, dt, B, C = (value.unsqueeze(1) for value in (x, dt, B, C))
+    D, dt_weight, dt_bias, initial_state = (
+        value if value is None or value.dtype == wide else value.to(wide)
+        for value in (D, dt_weight, dt_bias, initial_state)
+    )
     return ScanCall(
         x=x,
         dt=dt,
-        A=A.to(wide),
+        A=A if A.dtype == wide else A.to(wide),
         B=B,
         C=C,
-        D=None if D is None else D.to(wide),
-        dt_weight=None if dt_weight is None else dt_weight.to(wide),
-        dt_bias=None if dt_bias is None else dt_bias.to(wide),
-        initial_state=None if initial_state is None else initial_state.to(wide),
+        D=D,
+        dt_weight=dt_weight,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
         table=table,
         routes=codes,
         dt_softplus=bool(dt_softplus),
         out_dtype=out_dtype or x.dtype,
     )
+
+
+_passed = _checks.Passed()
+
+
+def _check_tensors(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    out_dtype: torch.dtype | None,
+    k: int,
+) -> None:
+    """Raises TypeError or ValueError, as ``selective_scan`` says, for all but the routes, of which there are k."""
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{_OP}: x must be (B, H, W, E) or (B, L, E), got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{_OP}: x must not have an empty map or no channels, got shape {tuple(x.shape)}")
+    maps = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
+    parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
+    for name, value in {**maps, **parameters}.items():
+        if value is not None or name in ("dt", "A", "B", "C"):
+            _checks.check_tensor(_OP, name, value)
+    _check_map_shapes(x, dt, A, B, C, dt_weight, z, k)
+    _check_parameter_shapes(x, A, D, dt_bias, initial_state, k)
+    _check_dtypes_and_devices(maps, parameters, out_dtype)
 
 
 def _check_map_shapes(
@@ -290,7 +319,7 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tu
         *_, out_dtype = ctx.options
         grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
     grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
-    grads = torch.ops.subquad.selective_scan_backward(grad_y, grad_last_state, states, *tensors, *ctx.options)
+    grads = _backward_operator(grad_y, grad_last_state, states, *tensors, *ctx.options)
     by_input = [grad if value is not None else None for grad, value in zip(grads, tensors[:9], strict=True)]
     return (*by_input, None, None, None, None)
 
@@ -309,10 +338,11 @@ def _backward_flops(grad_y: Any, grad_last_state: Any, states: Any, *args: Any, 
     return 3 * _flops(*args)
 
 
-_library.define(
+_operator = _library.define(
     _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
-).register_autograd(_autograd, setup_context=_setup_context)
-_library.define(
+)
+_operator.register_autograd(_autograd, setup_context=_setup_context)
+_backward_operator = _library.define(
     f"{_OP}_backward",
     _backward,
     schema=f"(Tensor grad_y, Tensor? grad_last_state, Tensor states, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",

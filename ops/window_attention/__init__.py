@@ -129,16 +129,14 @@ def window_attention_packed(
     """
     if _checks.check_tensor(_OP, "qkv", qkv).dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"{_OP}: qkv must be (B, H, W, 3, heads, D), got shape {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(3)
-    call = prepare(q, k, v, window, shift, **options)
-    return _attend(call._replace(q=qkv.to(call.q.dtype), k=None, v=None))
+    return _attend(prepare(qkv, None, None, window, shift, packed=True, **options))
 
 
 def _attend(call: WindowCall) -> Tensor:
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.
         return reference.attend(call)[0]
-    return torch.ops.subquad.window_attention(*call)[0]
+    return _operator(*call)[0]
 
 
 # Arguments -------------------------------------------------------------------------------------------------------
@@ -146,8 +144,8 @@ def _attend(call: WindowCall) -> Tensor:
 
 def prepare(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     window: int | Sequence[int],
     shift: int | Sequence[int] = 0,
     *,
@@ -161,33 +159,24 @@ def prepare(
     index: str = "q-k",
     grid: bool = False,
     drop_shift: str = "never",
+    packed: bool = False,
 ) -> WindowCall:
-    """Check the public arguments and bring them to canonical form; see ``window_attention``."""
-    given = {"q": q, "k": k, "v": v, "table": table, "pad_k": pad_k, "pad_v": pad_v}
-    for name, value in given.items():
-        if value is not None or len(name) == 1:
-            _checks.check_tensor(_OP, name, value)
-    _check_shapes(q, k, v, pad_k, pad_v)
-    windows, shifts = _per_axis("window", window, 1), _per_axis("shift", shift, 0)
-    _check_windows(q.shape[1:3], windows, shifts, grid)
-    _check_options(order, index, mask_value, drop_shift)
-    if hide_padding and (pad_k is not None or pad_v is not None):
-        raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
-    if table is not None:
-        entries = (2 * windows[0] - 1) * (2 * windows[1] - 1)
-        _checks.check_shape(_OP, "table", table, "((2 h - 1) (2 w - 1), heads)", (entries, q.shape[-2]))
-        _checks.check_dtype(_OP, "table", table, _DTYPES)
-        _checks.check_device(_OP, "table", table, q.device)
+    """Check the public arguments and bring them to canonical form; see ``window_attention``.
 
+    If ``packed``, q is all three, (B, H, W, 3, heads, D), and k and v are None.
+    """
+    windows, shifts = _per_axis("window", window, 1), _per_axis("shift", shift, 0)
+    _check_options(order, index, mask_value, drop_shift)
+    _checks.check_tensor(_OP, "q", q)
     autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
-    activations: list[Any] = [q, k, v, pad_k, pad_v]
-    for name, value in zip(("q", "k", "v", "pad_k", "pad_v"), activations, strict=True):
-        if value is not None:
-            _checks.check_dtype(_OP, name, value, (q.dtype,) if autocast is None and name != "q" else _DTYPES)
-            _checks.check_device(_OP, name, value, q.device)
+    options = (*windows, *shifts, bool(grid), bool(hide_padding), autocast is None, packed)
+    key = _checks.shape_class(q, k, v, table, pad_k, pad_v, options=options)
+    if not _passed.has(key):
+        one, two, three = q.unbind(3) if packed else (q, k, v)
+        _check_tensors(one, two, three, table, pad_k, pad_v, windows, shifts, grid, hide_padding, autocast is not None)
+        _passed.add(key)
     if autocast is not None:
-        activations = [None if value is None else value.to(autocast) for value in activations]
-    q, k, v, pad_k, pad_v = activations
+        q, k, v, pad_k, pad_v = (None if x is None else x.to(autocast) for x in (q, k, v, pad_k, pad_v))  # type: ignore[assignment]
     return WindowCall(
         q,
         k,
@@ -205,6 +194,42 @@ def prepare(
         grid,
         drop_shift,
     )
+
+
+_passed = _checks.Passed()
+
+
+def _check_tensors(
+    q: Any,
+    k: Any,
+    v: Any,
+    table: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    windows: list[int],
+    shifts: list[int],
+    grid: bool,
+    hide_padding: bool,
+    casts: bool,
+) -> None:
+    """Raises TypeError or ValueError, as ``window_attention`` says; ``casts`` is whether autocast unites dtypes."""
+    activations = {"q": q, "k": k, "v": v, "pad_k": pad_k, "pad_v": pad_v}
+    for name, value in {**activations, "table": table}.items():
+        if value is not None or len(name) == 1:
+            _checks.check_tensor(_OP, name, value)
+    _check_shapes(q, k, v, pad_k, pad_v)
+    _check_windows(q.shape[1:3], windows, shifts, grid)
+    if hide_padding and (pad_k is not None or pad_v is not None):
+        raise ValueError(f"{_OP}: hide_padding and pad_k or pad_v exclude each other: hidden padding needs none")
+    if table is not None:
+        entries = (2 * windows[0] - 1) * (2 * windows[1] - 1)
+        _checks.check_shape(_OP, "table", table, "((2 h - 1) (2 w - 1), heads)", (entries, q.shape[-2]))
+        _checks.check_dtype(_OP, "table", table, _DTYPES)
+        _checks.check_device(_OP, "table", table, q.device)
+    for name, value in activations.items():
+        if value is not None:
+            _checks.check_dtype(_OP, name, value, _DTYPES if casts or name == "q" else (q.dtype,))
+            _checks.check_device(_OP, name, value, q.device)
 
 
 def _check_options(order: str, index: str, mask_value: float, drop_shift: str) -> None:
@@ -233,6 +258,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: 
 
 
 def _per_axis(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    if type(value) is int and value >= least:
+        return [value, value]
     values = list(value) if isinstance(value, Sequence) else [value] * 2
     if len(values) != 2 or not all(_checks.is_integer(entry) and entry >= least for entry in values):
         expected = "a positive integer" if least else "an integer from 0 on"
@@ -284,7 +311,7 @@ def _products(*args: Any) -> tuple[int, int, int]:
 
 
 _flops, _backward_flops = _library.attention_flops(_products)
-_library.define_differentiable(
+_operator = _library.define_differentiable(
     _OP,
     schema=_CALL_SCHEMA,
     tensors=6,
@@ -313,9 +340,9 @@ def _why_not_triton(call: WindowCall) -> str | None:
     if call.tokens > 256:
         return f"windows of {call.tokens} tokens, the kernels take up to 256"
     most = 64 if call.q.dtype == torch.float32 else 128
-    if (widest := max(x.shape[-1] for x in call.parts)) > most:
+    if (widest := max(call.channels)) > most:
         return f"heads of {widest} channels, the kernels take up to {most} in {call.q.dtype}"
-    if (largest := max(x.stride(1) * x.shape[1] for x in call.parts)) >= 2**31:
+    if (largest := max(x.stride(1) * x.shape[1] for x in call[:3] if x is not None)) >= 2**31:
         return f"an image that spans {largest} elements, the kernels address up to {2**31}"
     return None
 

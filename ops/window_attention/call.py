@@ -50,8 +50,14 @@ class WindowCall(NamedTuple):
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, views of the packed tensor if there is one."""
         if self.k is None or self.v is None:
-            return self.q[:, :, :, 0], self.q[:, :, :, 1], self.q[:, :, :, 2]
+            q, k, v = self.q.unbind(3)
+            return q, k, v
         return self.q, self.k, self.v
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """D and E."""
+        return self.q.shape[-1], (self.q if self.v is None else self.v).shape[-1]
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -70,8 +70,7 @@ _CANDIDATES = [Config(waves, warps, stages) for waves in (4, 8, 16, 32) for warp
 
 def default_config(which: str, call: WindowCall) -> Config:
     """The table's launch choices for the ``"forward"`` or ``"backward"`` pass of a call."""
-    widest = max(x.shape[-1] for x in call.parts)
-    return _CONFIGS[which, 8 * call.q.element_size(), "narrow" if widest <= 32 else "wide"]
+    return _CONFIGS[which, 8 * call.q.element_size(), "narrow" if max(call.channels) <= 32 else "wide"]
 
 
 def _config_for(which: str, call: WindowCall, run: Callable[[Config], object]) -> Config:
@@ -108,6 +107,7 @@ class _Plan(NamedTuple):
     programs: int
     block: int
     blocks: int
+    strides: tuple[int, ...]  # stride_qb to stride_vh of the kernels' arguments
     sizes: tuple[int, ...]  # windows to offset_x of the kernels' arguments
     meta: dict[str, Any]
     launch: _triton.Launcher
@@ -123,14 +123,14 @@ def _plan_for(which: str, call: WindowCall, inputs: _Inputs, config: Config, *mo
         which: "forward" or "backward".
         more: tensors besides ``inputs`` that the kernels see.
     """
-    options = (tuple(call.window), tuple(call.shift), *call[8:])
-    absent = call.table is None, call.pad_k is None, call.pad_v is None
-    key = (which, config, options, absent, *map(_triton.facts, (*inputs, *more)))
-    return _plans.get(key, call.parts[0], lambda: _make_plan(call, config))
+    options = (*call.window, *call.shift, *call[8:])
+    absent = call.k is None, call.table is None, call.pad_k is None, call.pad_v is None
+    key = (which, config, options, absent, *map(_triton.facts, inputs), *map(_triton.facts, more))
+    return _plans.get(key, call.q, lambda: _make_plan(call, inputs, config))
 
 
-def _make_plan(call: WindowCall, config: Config) -> _Plan:
-    q, _, v = call.parts
+def _make_plan(call: WindowCall, inputs: _Inputs, config: Config) -> _Plan:
+    q, k, v = inputs[:3]
     batch, height, width, heads, dim = q.shape
     values = v.shape[-1]
     (rows, columns), (window_h, window_w) = call.counts, call.window
@@ -172,6 +172,7 @@ def _make_plan(call: WindowCall, config: Config) -> _Plan:
         programs=max(1, min(windows, wanted // (heads * blocks))),
         block=block,
         blocks=blocks,
+        strides=(*strides_of(q), *strides_of(k), *strides_of(v)),
         sizes=(windows, height, width, rows, columns, heads, *offsets),
         meta=meta,
         launch=_triton.Launcher(),
@@ -203,7 +204,7 @@ def _forward(call: WindowCall, config: Config) -> tuple[Tensor, Tensor]:
     inputs = _inputs(call)
     q, k, v = inputs[:3]
     plan = _plan_for("forward", call, inputs, config)
-    o = v.new_empty(v.shape)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     with torch.cuda.device_of(q):
         bias = _spread_bias(call, plan, inputs)
@@ -211,12 +212,9 @@ def _forward(call: WindowCall, config: Config) -> tuple[Tensor, Tensor]:
             "attention",
             window_attention_fwd_kernel,
             (q.shape[-2] * plan.blocks, plan.programs, 1),
-            (
-                q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse,
-                *strides_of(q), *strides_of(k), *strides_of(v), *plan.sizes,
-            ),
+            (q, k, v, bias, inputs.pad_k, inputs.pad_v, o, lse, *plan.strides, *plan.sizes),
             plan.meta,
-        )  # fmt: skip
+        )
     return o, lse
 
 
@@ -236,9 +234,9 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
     plan = _plan_for("backward", call, inputs, config, grad_o)
     heads, dim, values = q.shape[-2], q.shape[-1], v.shape[-1]
     grad = call._replace(
-        q=call.q.new_empty(call.q.shape),
-        k=None if call.k is None else call.k.new_empty(call.k.shape),
-        v=None if call.v is None else call.v.new_empty(call.v.shape),
+        q=torch.empty_like(call.q, memory_format=torch.contiguous_format),
+        k=None if call.k is None else torch.empty_like(call.k, memory_format=torch.contiguous_format),
+        v=None if call.v is None else torch.empty_like(call.v, memory_format=torch.contiguous_format),
     )
     grad_q, grad_k, grad_v = grad.parts
     ragged = plan.meta["RAGGED"]
@@ -248,7 +246,7 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
     pad_v = _partials(q, *partials, values if ragged and call.pad_v is not None else 0)
     with torch.cuda.device_of(q):
         given = (q, k, v, _spread_bias(call, plan, inputs), inputs.pad_k, inputs.pad_v, o, lse, grad_o)
-        strides: tuple[int, ...] = (*strides_of(q), *strides_of(k), *strides_of(v))
+        strides = plan.strides
         grid = (heads * plan.blocks, plan.programs, 1)
         if plan.blocks == 1:
             found: tuple[Tensor, ...] = (grad_q, grad_k, grad_v, pairs, pad_k, pad_v)
@@ -263,7 +261,7 @@ def _backward(call: WindowCall, grad_o: Tensor, o: Tensor, lse: Tensor, config: 
             plan.launch("keys", window_attention_bwd_kernel_keys, grid, (*given, *found, *strides), plan.meta)
         table = None
         if call.table is not None:
-            table = call.table.new_empty(call.table.shape)
+            table = torch.empty_like(call.table, memory_format=torch.contiguous_format)
             plan.launch(
                 "table",
                 window_attention_bwd_kernel_table,
