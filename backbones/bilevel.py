@@ -88,6 +88,13 @@ def attend_regions(
     return o
 
 
+class Router(nn.Linear):
+    """Linear layer that autocast does not round, for few tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) * self.weight).sum(-1) + self.bias
+
+
 class BiLevelRoutingAttention(nn.Module):
     """Attention of the tokens of each region of a map (B, H, W, dim) to those of the ``topk`` regions most like it.
 
@@ -148,7 +155,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.soft_routing = soft_routing
         self.diff_routing = diff_routing
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, **dd)
-        self.router = nn.Linear(self.qk_dim, self.qk_dim, **dd) if param_routing else nn.Identity()
+        self.router = Router(self.qk_dim, self.qk_dim, **dd) if param_routing else nn.Identity()
         self.lepe = DepthwiseConv(dim, lepe_size, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
@@ -189,7 +196,9 @@ class BiLevelRoutingAttention(nn.Module):
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
         q, k = self.router(q), self.router(k)
-        scores = ((q * self.scale).unsqueeze(2) * k.unsqueeze(1)).sum(-1)  # not a product that autocast would round
+        scores = ((q * self.scale).unsqueeze(2) * k.unsqueeze(1)).sum(
+            -1
+        )  # no product that autocast would round, nor the router's
         best, regions = scores.topk(self.topk, dim=-1)
         return regions.unsqueeze(1), best.softmax(-1).unsqueeze(1)
 

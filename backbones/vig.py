@@ -333,7 +333,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
-    official = weights.unwrap(state_dict)
+    official = weights.unwrap(state_dict, weights.wrapper_for(model, state_dict))
     if isinstance(model, Pyramid):
         return weights.rename(official, _HIERARCHICAL_NAMES)
     ours = weights.rename(official, _ISOTROPIC_NAMES)

@@ -175,7 +175,8 @@ class Vim(Isotropic):
         dim, depth: width and number of blocks.
         img_size: size, or height and width, that the position embedding is made for; others resample it.
         patch_size, stride: of the patch embedding; the patches overlap where the stride is smaller.
-        class_token: place of the class token in the sequence, ``"middle"`` or an index; None for no class token.
+        class_token: place of the class token in the sequence, ``"middle"`` or an index; False (or None, which timm's
+            ``create_model`` takes for "as usual") for no class token.
         d_state, expand, kernel_size, dt_rank, average: see ``VimMixer``.
         rms_norm: RMSNorm, else LayerNorm.
         init_values: start of a scale for each channel behind the mixer, None for no scale.
@@ -200,7 +201,7 @@ class Vim(Isotropic):
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         stride: int = 16,
-        class_token: Literal["middle"] | int | None = "middle",
+        class_token: Literal["middle", False] | int | None = "middle",
         d_state: int = 16,
         expand: int = 2,
         kernel_size: int = 4,
@@ -221,6 +222,7 @@ class Vim(Isotropic):
         )  # fmt: skip
         check_scan_sizes(dim, d_state, expand, dt_rank)
         grid = _grid(height, width, patch_size, stride)
+        class_token = None if class_token is False else class_token
         _check_class_token(class_token, grid[0] * grid[1])
         norm = partial(nn.RMSNorm if rms_norm else nn.LayerNorm, eps=1e-5)
         block = partial(
@@ -308,7 +310,7 @@ def _check_class_token(place: str | int | None, patches: int) -> None:
     index = isinstance(place, int) and not isinstance(place, bool) and 0 <= place <= patches
     if not index and place not in ("middle", None):
         raise ValueError(
-            f"class_token must be 'middle', None or from 0 to {patches}, the number of patches, got {place!r}"
+            f"class_token must be 'middle', False or from 0 to {patches}, the number of patches, got {place!r}"
         )
 
 
@@ -338,7 +340,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
     Raises:
         ValueError: if there are no tensors in it (see ``weights.unwrap``).
     """
-    state = weights.unwrap(state_dict)
+    state = weights.unwrap(state_dict, weights.wrapper_for(model, state_dict))
     if any(name.startswith("layers.") for name in state):
         state = _from_official(state)
         _split_positions(state, model)

@@ -138,7 +138,7 @@ class SubquadBackbone(BaseModule):
         if self.checkpoint is not None:
             raw = weights.read_checkpoint(self.checkpoint)
             try:
-                state_dict = self.named_as_here(weights.unwrap(raw))
+                state_dict = self.named_as_here(weights.unwrap(raw, weights.wrapper_for(self.net, raw)))
             except ValueError as error:
                 raise ValueError(f"{self.checkpoint}: {error}") from error
         elif self.pretrained:

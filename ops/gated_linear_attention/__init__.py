@@ -22,6 +22,7 @@ they are kept for the backward pass. Time and memory are linear in N; no decay o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,8 +84,13 @@ def prepare(
     out_dtype: torch.dtype | None = None,
 ) -> GatedCall:
     """Check the arguments of ``gated_linear_attention`` and bring them to canonical form."""
-    if gate_normalizer is not None and not 0 < gate_normalizer < float("inf"):
+    for name, value in (("gate_normalizer", gate_normalizer), ("scale", scale)):
+        if value is not None and not isinstance(value, (int, float)):
+            raise TypeError(f"{_OP}: {name} must be a number, got {value!r}")
+    if gate_normalizer is not None and not 0 < gate_normalizer < math.inf:
         raise ValueError(f"{_OP}: gate_normalizer must be positive and finite, got {gate_normalizer}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
     _checks.check_tensor(_OP, "q", q)
     autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
     key = _checks.shape_class(q, k, v, gates, options=(autocast is None, out_dtype))

@@ -226,10 +226,13 @@ def _check_features(call: AttentionCall) -> None:
         return
     for name, value in (("q", call.q), ("k", call.k)):
         if value.numel() and ((smallest := value.min().item()) < 0 or smallest == call.eps == 0):
+            positive = [name for name in FEATURE_MAPS if name != "identity"]
+            others = [name for name in NORMALIZERS if name not in NEEDS_POSITIVE_FEATURES]
             needed = "not be negative" if call.eps > 0 else "be positive with eps = 0"
             raise ValueError(
                 f"{_OP}: the normalizer {call.normalizer!r} divides by sums of products of features, which must "
-                f"{needed}, but {name} has {smallest:.3g}; apply a feature_map or take another normalizer"
+                f"{needed}, but {name} has {smallest:.3g}; apply a feature_map of {positive} or take a normalizer "
+                f"of {others}"
             )
 
 

@@ -188,13 +188,22 @@ def _mended(x: Tensor, heads: int) -> Tensor:
     """x (B, heads, H, W, D), which transformers 5 gives as (B, W, H, heads, D).
 
     Its DiNAT swaps two axes of the map where it means to bring the heads to the front. Where there are as many heads as
-    columns the strides tell: it swaps them in memory with the heads last.
+    columns, shape and strides (it swaps them in memory with the heads last) may be those of a right call: there it must
+    be transformers that calls.
     """
     if x.dim() != 5 or x.shape[3] != heads:
         return x
-    if x.shape[1] == heads and not x.stride(3) < x.stride(1) < x.stride(2):
+    if x.shape[1] == heads and not (x.stride(3) < x.stride(1) < x.stride(2) and _called_by("transformers")):
         return x
     return x.permute(0, 3, 2, 1, 4)
+
+
+def _called_by(package: str) -> bool:
+    """Whether the nearest caller from outside of this file is a module of ``package``."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == package
 
 
 def _only(kernel_size: _PerAxis | None, dilation: _PerAxis | None) -> _PerAxis:

@@ -103,8 +103,6 @@ def backward(call: NeighborhoodCall, grad_o: Tensor, grad_lse: Tensor, o: Tensor
 
     grad_k, grad_v = of_keys(config_for("keys", call, of_keys))
     grads = (grad_q, grad_k, grad_v, grad_rpb, *_backward_extra(call, grad_o, rows))
-    if call.q.dim() == given.q.dim():
-        return grads
     return tuple(None if x is None or y is None else x.view_as(y) for x, y in zip(grads, given[:6], strict=True))
 
 

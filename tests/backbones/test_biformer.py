@@ -98,9 +98,11 @@ def test_pooled_keys_stay_in_their_regions(kv_pool: str) -> None:
     torch.testing.assert_close(pooled[:, side[0] :, : side[1]], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_routing_does_not_depend_on_autocast() -> None:
+@pytest.mark.parametrize("param_routing", [False, True])
+def test_routing_does_not_depend_on_autocast(param_routing: bool) -> None:
     """The choice is made in float32 from what the projection gives; a soft one stays in float32 too."""
-    attention = _attention(topk=2, n_win=2, soft_routing=True, diff_routing=True, dtype=torch.float32)
+    options = {"soft_routing": True, "diff_routing": True, "param_routing": param_routing}
+    attention = _attention(topk=2, n_win=2, **options, dtype=torch.float32)
     x = torch.randn(1, 8, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, _ = attention.qkv(x).chunk(3, dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subquad.backbones import weights
 from subquad.backbones.vim import Vim, checkpoint_filter_fn
+from subquad.tools.training import session
 
 TINY: dict[str, Any] = {"dim": 16, "depth": 3, "d_state": 2, "img_size": 64, "num_classes": 5}
 
@@ -47,11 +48,18 @@ def test_class_token_outside_of_the_sequence() -> None:
         model(torch.randn(1, 3, 32, 32))
 
 
-@pytest.mark.parametrize("place", [True, False, "first", 2.0])
+@pytest.mark.parametrize("place", [True, "first", 2.0])
 def test_class_token_at_no_place(place: Any) -> None:
-    """True and False, which say in timm whether there is one, are not the places 1 and 0."""
-    with pytest.raises(ValueError, match=f"class_token must be 'middle', None or from 0 to 16.* got {place!r}"):
+    """True, which says in timm that there is one, is not the place 1."""
+    with pytest.raises(ValueError, match=f"class_token must be 'middle', False or from 0 to 16.* got {place!r}"):
         Vim(class_token=place, **TINY)
+
+
+def test_no_class_token() -> None:
+    """False, because timm's create_model drops None; it is not the place 0."""
+    for model in (Vim(class_token=None, **TINY), timm.create_model("test_vim", class_token=False)):
+        assert model.num_prefix_tokens == 0
+        assert "prefix_tokens" not in model.state_dict()
 
 
 @pytest.mark.parametrize("size", [(8, 64), (64, 15)])
@@ -119,6 +127,9 @@ def test_official_weights_are_those_that_upstream_evaluates(tmp_path: Path) -> N
     for file, key, expected in (("both", None, 0.0), ("both", "model_ema", 1.0), ("averaged", None, 1.0)):
         weights.load_checkpoint(model, tmp_path / f"{file}.pth", key=key)
         assert (model.head.weight == expected).all()
+    session.load_weights(model, tmp_path / "both.pth")  # of `subquad train`
+    assert (model.head.weight == 0).all()
+    assert (checkpoint_filter_fn({"model": state, "model_ema": averaged}, model)["head.weight"] == 0).all()
 
 
 def test_start_is_that_of_the_official_code() -> None:

@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +104,28 @@ def test_arguments_of_the_first_releases(axes: int, functional: Any) -> None:
 
 @pytest.mark.parametrize("columns", [5, 6])
 def test_what_transformers_hands_over(columns: int, functional: Any) -> None:
-    """Maps (B, W, H, heads, D) in place of (B, heads, H, W, D), told from the right ones by sizes, else by strides."""
+    """Maps (B, W, H, heads, D) in place of (B, heads, H, W, D), told by sizes, else by the caller."""
+    call: Callable[..., Tensor] = eval("lambda f, *args: f(*args)", {"__name__": "transformers.models.dinat"})
     q, k, v = (_normal(seed, 2, 7, columns, 5, 4) for seed in range(3))  # heads last, in memory
     rpb = _normal(3, 5, 5, 5)
     right = [x.permute(0, 3, 1, 2, 4) for x in (q, k, v)]
     results = []
     for maps in (right, [x.contiguous() for x in right], [x.transpose(1, 2) for x in (q, k, v)]):
-        attn = functional.natten2dqkrpb(*maps[:2], rpb, 3, 1).softmax(-1)
-        results.append((attn, functional.natten2dav(attn, maps[2], 3, 1)))
+        attn = call(functional.natten2dqkrpb, *maps[:2], rpb, 3, 1).softmax(-1)
+        results.append((attn, call(functional.natten2dav, attn, maps[2], 3, 1)))
     expected = functional.na2d_qk(*right[:2], 3, 1, rpb=rpb).softmax(-1)
     for attn, o in results:
         _assert_equal(attn, expected)
         _assert_equal(o, functional.na2d_av(expected, right[2], 3, 1))
+
+
+def test_right_maps_of_any_strides_are_taken_as_they_are(functional: Any) -> None:
+    """With as many heads as columns, in the very memory that transformers' maps have."""
+    q, k, v = (_normal(seed, 2, 6, 4, 4, 8).transpose(1, 2) for seed in range(3))
+    rpb = _normal(3, 4, 5, 5)
+    attn = functional.natten2dqkrpb(q, k, rpb, 3, 1)
+    _assert_equal(attn, functional.natten2dqkrpb(q.contiguous(), k.contiguous(), rpb, 3, 1))
+    _assert_equal(functional.natten2dav(attn, v, 3, 1), functional.natten2dav(attn, v.contiguous(), 3, 1))
 
 
 def test_errors_are_those_of_the_functions(functional: Any) -> None:

@@ -44,6 +44,7 @@ SMALL = {
         (1, 7, 11, 9), ("column_reversed",), state=4, rank=None, last_state=True, initial=True
     ),
     "N=16": Case((1, 5, 7, 6), state=16),
+    "N=7": Case((1, 3, 5, 6), ROWS, state=7, rank=None),
     "N=16 several chunks": Case((1, 1, 130, 4), ROWS, state=16, last_state=True, initial=True),
     "full-rank steps": Case((2, 4, 6, 10), rank=None),
     "one pixel": Case((1, 1, 1, 5)),

@@ -60,7 +60,7 @@ def load_folder(root: Path, val_fraction: float, seed: int) -> ImageData:
             the training set does not have.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {str(root)!r} does not exist")
+        raise FileNotFoundError(f"data folder {str(root)!r} {'is no folder' if root.exists() else 'does not exist'}")
     train_root = root / "train" if (root / "train").is_dir() else root
     classes = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     train = _read_samples(train_root, classes)

@@ -141,7 +141,11 @@ def load_weights(net: nn.Module, path: Path) -> None:
     Raises:
         ValueError: if the file cannot be read, or anything but the classifier does not fit.
     """
-    state_dict = weights.unwrap(weights.read_checkpoint(path))
+    checkpoint = weights.read_checkpoint(path)
+    try:
+        state_dict = weights.unwrap(checkpoint, weights.wrapper_for(net, checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if type(net).__module__.startswith("subquad."):
         state_dict = weights.filter_of(net)(state_dict, net)
     expected = net.state_dict()
