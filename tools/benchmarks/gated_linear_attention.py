@@ -74,8 +74,11 @@ def _cost(case: Case, itemsize: int) -> Cost:
 
 
 def _recorded(case: Case) -> Recorded | None:
-    found = recorded.GATED.get(case.shape)
-    return None if found is None else Recorded(recorded.GPU, recorded.GATED_SYSTEM, *found, None)
+    if (found := recorded.GATED.get(case.shape)) is not None:
+        return Recorded(recorded.GPU, recorded.GATED_SYSTEM, *found, None)
+    if (forward := recorded.GATED_INFERENCE.get(case.shape)) is not None:
+        return Recorded(recorded.GPU, recorded.GATED_INFERENCE_SYSTEM, forward, None, None)
+    return None
 
 
 def _chunk_gla(case: Case, tensors: Tensors) -> Tensor:

@@ -58,6 +58,10 @@ GATED: dict[tuple[int, ...], tuple[float, float]] = {
 }
 """(B, T, H, d_k, d_v): forward ms, forward + backward ms of two flipped passes."""
 
+GATED_INFERENCE_SYSTEM = "official ViG (inference kernel), recorded in another run"
+GATED_INFERENCE: dict[tuple[int, ...], float] = {(8, 4096, 3, 32, 64): 9.23, (8, 16384, 3, 32, 64): 37.7}
+"""The same: forward ms of the kernel that it infers with, which walks from token to token."""
+
 SDPA_SYSTEM = "flash SDPA (softmax attention), recorded in another run"
 SDPA: dict[tuple[int, int], tuple[float, float]] = {
     (32, 196): (0.49, 2.35),

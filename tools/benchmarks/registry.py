@@ -58,7 +58,7 @@ class Recorded(NamedTuple):
     gpu: str
     system: str
     forward_ms: float
-    both_ms: float
+    both_ms: float | None
     peak_mib: float | None
 
 
