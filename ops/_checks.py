@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -91,6 +92,20 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torc
 def is_integer(value: object) -> bool:
     """Whether a value is an integer, symbolic ones included; a bool is an argument in the wrong place."""
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def check_factor(op: str, name: str, value: object) -> float:
+    """``value`` as a finite number.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not -math.inf < value < math.inf:  # a form that compilers trace
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
 
 
 def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -142,7 +142,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         op: a public op (``subquad.ops.selective_scan``) or its name.
 
     Raises:
-        ValueError: for an unknown op, and for arguments that the op itself would refuse.
+        ValueError: for an unknown op, and for arguments that the op would refuse before it looks at values.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:

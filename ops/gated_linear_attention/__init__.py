@@ -22,7 +22,6 @@ they are kept for the backward pass. Time and memory are linear in N; no decay o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,13 +83,10 @@ def prepare(
     out_dtype: torch.dtype | None = None,
 ) -> GatedCall:
     """Check the arguments of ``gated_linear_attention`` and bring them to canonical form."""
-    for name, value in (("gate_normalizer", gate_normalizer), ("scale", scale)):
-        if value is not None and not isinstance(value, (int, float)):
-            raise TypeError(f"{_OP}: {name} must be a number, got {value!r}")
-    if gate_normalizer is not None and not 0 < gate_normalizer < math.inf:
-        raise ValueError(f"{_OP}: gate_normalizer must be positive and finite, got {gate_normalizer}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    if gate_normalizer is not None:
+        gate_normalizer = _checks.check_factor(_OP, "gate_normalizer", gate_normalizer)
+        if gate_normalizer <= 0:
+            raise ValueError(f"{_OP}: gate_normalizer must be positive, got {gate_normalizer}")
     _checks.check_tensor(_OP, "q", q)
     autocast = _library.autocast_dtype(q.device) if q.dtype != torch.float64 else None
     key = _checks.shape_class(q, k, v, gates, options=(autocast is None, out_dtype))
@@ -104,8 +100,8 @@ def prepare(
         k=k,
         v=v,
         gates=gates,
-        gate_normalizer=None if gate_normalizer is None else float(gate_normalizer),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        gate_normalizer=gate_normalizer,
+        scale=q.shape[-1] ** -0.5 if scale is None else _checks.check_factor(_OP, "scale", scale),
         out_dtype=out_dtype or q.dtype,
     )
 

@@ -39,7 +39,6 @@ queries.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,10 +166,9 @@ def _check_options(normalizer: str, feature_map: str, scale: float, eps: float) 
         raise ValueError(f"{_OP}: unknown normalizer {normalizer!r}, expected one of {list(NORMALIZERS)}")
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"{_OP}: unknown feature_map {feature_map!r}, expected one of {list(FEATURE_MAPS)}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{_OP}: eps must be finite and not negative, got {eps}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    _checks.check_factor(_OP, "scale", scale)
+    if _checks.check_factor(_OP, "eps", eps) < 0:
+        raise ValueError(f"{_OP}: eps must not be negative, got {eps}")
     if normalizer in ("divide", "magnitude", "clamp") and scale <= 0:
         raise ValueError(
             f"{_OP}: the normalizer {normalizer!r} divides by z, which takes the sign of scale: it must be positive, "

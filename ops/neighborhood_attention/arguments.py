@@ -48,7 +48,7 @@ def prepare(
         _passed.add(key)
     if autocast is not None:
         q, k, v, additional_keys, additional_values = _cast((q, k, v, additional_keys, additional_values), autocast)
-    return NeighborhoodCall(q, k, v, rpb, additional_keys, additional_values, *window, _factor(scale, q))
+    return NeighborhoodCall(q, k, v, rpb, additional_keys, additional_values, *window, _factor(op, scale, q))
 
 
 def prepare_qk(
@@ -70,7 +70,7 @@ def prepare_qk(
     additional = {"additional_keys": additional_keys}
     window, _ = _check(op, axes, maps, additional, rpb, kernel_size, dilation, stride, is_causal)
     q, k, additional_keys = _check_and_cast(op, maps | additional)
-    return NeighborhoodCall.of_qk(q, k, rpb, additional_keys, *window, _factor(scale, q))
+    return NeighborhoodCall.of_qk(q, k, rpb, additional_keys, *window, _factor(op, scale, q))
 
 
 def prepare_av(
@@ -240,5 +240,5 @@ def _cast(values: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
     return [None if value is None else value.to(dtype) for value in values]
 
 
-def _factor(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+def _factor(op: str, scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else _checks.check_factor(op, "scale", scale)

@@ -164,7 +164,7 @@ def prepare(
         _passed.add(key)
     if autocast is not None:
         q, k, v, pad_k, pad_v = (None if x is None else x.to(autocast) for x in (q, k, v, pad_k, pad_v))  # type: ignore[assignment]
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else _checks.check_factor(_OP, "scale", scale)
     return RegionCall(q, k, v, regions, weights, pad_k, pad_v, size, kv_size, factor, hide_padding)
 
 

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
@@ -43,10 +42,12 @@ from subquad.ops.selective_scan._triton_plan import (
     alignment,
     by_channel,
     chain,
+    common_meta,
     division,
     dot_dtype,
     extent,
     kernel_inputs,
+    plan_key,
     rank_of,
     scratch,
     strides_of,
@@ -84,10 +85,7 @@ def _plan_for(
     *more: Tensor | None,
     on_new: Callable[[], None] | None = None,
 ) -> Plan:
-    key = (
-        which, config, tuple(call.routes), call.dt_softplus, call.out_dtype,
-        *map(_triton.facts, (*inputs.tensors, call.initial_state, call.table, *more)),
-    )  # fmt: skip
+    key = plan_key(which, call, inputs, config, *more)
     return _plans.get(key, call.x, lambda: _make_plan(call, inputs, config), on_new)
 
 
@@ -114,27 +112,13 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
     )
     align = alignment(inputs.rows), alignment(inputs.dt)
     codes = [code & ~TABLE for code in call.routes]
-    meta = {
+    meta = common_meta(call, config, lanes, padded, largest) | {
         "N": state,
-        "BC": config.block,
         "BR": max(16, triton.next_power_of_2(rank)),
-        "RANK": rank,
         "ROW": row,
         "ALIGN": align[1],
-        "STEPS": config.steps,
-        "CHUNK": CHUNK,
         "TWO_LEVEL": segments > 1,
-        "LOW_RANK": rank > 0,
-        "SOFTPLUS": call.dt_softplus,
-        "EVEN": lanes % LANES == 0 and padded == length,
-        "EVEN_C": dim % config.block == 0,
-        "EXACT": call.x.dtype == torch.float32,
-        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
-        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
-        "TABLE": call.table is not None,
         "DOT": dot_dtype(call.x),
-        "num_warps": 1,
-        "num_stages": config.stages,
     }
     turn = {"BT": CHUNK, "BN": triton.next_power_of_2(2 * state), "ALIGN": align[0], "EVEN": padded == length}
     return Plan(

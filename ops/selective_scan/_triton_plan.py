@@ -152,11 +152,43 @@ def plan_for(
         more: tensors besides ``inputs`` that the kernels see.
         on_new: see ``Plans.get``.
     """
-    key = (
+    key = plan_key(which, call, inputs, config, *more)
+    return _plans.get(key, call.x, lambda: _make_plan(call, inputs, config), on_new)
+
+
+def plan_key(which: str, call: ScanCall, inputs: Inputs, config: Config, *more: Tensor | None) -> object:
+    """All that tells shape classes apart."""
+    return (
         which, config, tuple(call.routes), call.dt_softplus, call.out_dtype,
         *map(_triton.facts, (*inputs.tensors, call.initial_state, call.table, *more)),
     )  # fmt: skip
-    return _plans.get(key, call.x, lambda: _make_plan(call, inputs, config), on_new)
+
+
+def common_meta(call: ScanCall, config: Config, lanes: int, padded: int, largest: int) -> dict[str, Any]:
+    """What every kernel is compiled for.
+
+    Args:
+        lanes: images times segments.
+        padded: steps of the segments of an image.
+        largest: bound of the offsets.
+    """
+    single = call.x.dtype == torch.float32
+    return {
+        "BC": config.block,
+        "RANK": rank_of(call),
+        "STEPS": config.steps,
+        "CHUNK": CHUNK,
+        "LOW_RANK": call.dt_weight is not None,
+        "SOFTPLUS": call.dt_softplus,
+        "EVEN": lanes % LANES == 0 and padded == call.x.shape[1] * call.x.shape[2],
+        "EVEN_C": call.x.shape[-1] % config.block == 0,
+        "EXACT": single,
+        "PRECISION": "ieee" if single else "tf32",
+        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
+        "TABLE": call.table is not None,
+        "num_warps": 1,
+        "num_stages": config.stages,
+    }
 
 
 def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
@@ -182,25 +214,11 @@ def _make_plan(call: ScanCall, inputs: Inputs, config: Config) -> Plan:
         *map(extent, inputs.tensors),
     )
     align = alignment(inputs.rows)
-    meta = {
-        "BC": config.block,
+    meta = common_meta(call, config, lanes, segments * segment_chunks * CHUNK, largest) | {
         "BR": max(16, triton.next_power_of_2(rank + 2)),
-        "RANK": rank,
         "ROW": row,
         "ALIGN": align,
-        "STEPS": config.steps,
-        "CHUNK": CHUNK,
         "TWO_LEVEL": segments > 1,
-        "LOW_RANK": call.dt_weight is not None,
-        "SOFTPLUS": call.dt_softplus,
-        "EVEN": lanes % LANES == 0 and segments * segment_chunks * CHUNK == length,
-        "EVEN_C": dim % config.block == 0,
-        "EXACT": call.x.dtype == torch.float32,
-        "PRECISION": "ieee" if call.x.dtype == torch.float32 else "tf32",
-        "INDEX": tl.int64 if largest >= 2**31 else tl.int32,
-        "TABLE": call.table is not None,
-        "num_warps": 1,
-        "num_stages": config.stages,
     }
     groups = _groups(call.routes)
     row_strides = (stride // align for stride in strides_of(inputs.rows))

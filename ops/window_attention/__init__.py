@@ -186,7 +186,7 @@ def prepare(
         pad_v,
         windows,
         shifts,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        q.shape[-1] ** -0.5 if scale is None else _checks.check_factor(_OP, "scale", scale),
         order == "pad_roll",
         hide_padding,
         float(mask_value),

@@ -298,7 +298,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "narrow gates": ({"gates": torch.zeros(2, 5, 2, 2, 4).half()}, TypeError, "gates must be of dtype float32"),
     "device": ({"k": torch.zeros(2, 5, 2, 4, device="meta")}, ValueError, "k is on meta, expected cpu"),
-    "normalizer": ({"gate_normalizer": 0.0}, ValueError, "gate_normalizer must be positive and finite, got 0.0"),
+    "normalizer": ({"gate_normalizer": 0.0}, ValueError, "gate_normalizer must be positive, got 0.0"),
+    "infinite normalizer": ({"gate_normalizer": float("inf")}, ValueError, "gate_normalizer must be finite, got inf"),
+    "scale": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale of text": ({"scale": "a"}, TypeError, "scale must be a number, got 'a'"),
     "out_dtype": ({"out_dtype": torch.int32}, TypeError, "out_dtype must be a floating dtype.*int32"),
 }
 

@@ -411,9 +411,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "k_device": (lambda a: {"k": a["k"].to("meta")}, ValueError, ("k is on meta", "cpu")),
     "normalizer": (lambda _: {"normalizer": "softmax"}, ValueError, ("unknown normalizer 'softmax'", "'magnitude'")),
     "feature_map": (lambda _: {"feature_map": "elu"}, ValueError, ("unknown feature_map 'elu'", "'elu1'")),
-    "eps": (lambda _: {"eps": -1.0}, ValueError, ("eps must be finite and not negative, got -1.0",)),
-    "eps_nan": (lambda _: {"eps": float("nan")}, ValueError, ("eps must be finite and not negative, got nan",)),
+    "eps": (lambda _: {"eps": -1.0}, ValueError, ("eps must not be negative, got -1.0",)),
+    "eps_nan": (lambda _: {"eps": float("nan")}, ValueError, ("eps must be finite, got nan",)),
     "eps_infinite": (lambda _: {"eps": float("inf")}, ValueError, ("eps must be finite", "got inf")),
+    "eps_text": (lambda _: {"eps": "a"}, TypeError, ("eps must be a number, got 'a'",)),
     "scale_nan": (lambda _: {"scale": float("nan")}, ValueError, ("scale must be finite, got nan",)),
     "scale_infinite": (lambda _: {"scale": float("inf")}, ValueError, ("scale must be finite, got inf",)),
     "scale_negative": (

@@ -459,6 +459,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "stride_bool": (lambda _: {"stride": True}, ValueError, ("stride must be a positive integer or 2", "got True")),
     "dilation_bool": (lambda _: {"dilation": (1, False)}, ValueError, ("dilation must be a positive", "(1, False)")),
     "causal": (lambda _: {"is_causal": (True,)}, ValueError, ("is_causal must be a bool or 2 of them", "(True,)")),
+    "scale": (lambda _: {"scale": float("nan")}, ValueError, ("scale must be finite, got nan",)),
+    "scale_text": (lambda _: {"scale": "a"}, TypeError, ("scale must be a number, got 'a'",)),
 }
 
 
