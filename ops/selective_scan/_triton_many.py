@@ -51,8 +51,8 @@ from subquad.ops.selective_scan._triton_plan import (
     rank_of,
     scratch,
     strides_of,
+    sum_parameters,
 )
-from subquad.ops.selective_scan._triton_sums import selective_scan_bwd_kernel_parameters
 from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
@@ -285,14 +285,7 @@ def backward(
             ),
             {**meta["turn"], "BN": triton.next_power_of_2(state)},
         )  # fmt: skip
-        channels, block = n_routes * dim, 32
-        plan.launch(
-            "parameters",
-            selective_scan_bwd_kernel_parameters,
-            (triton.cdiv(channels * (max(state + 2, meta["BR"]) if low_rank else state + 2), block), 1 + low_rank, 1),
-            (params, weights, grad_A, grad_D, grad_bias, grad_weight, lane_programs, channels),
-            {"N": state, "RANK": rank, "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
-        )
+        sum_parameters(plan.launch, params, weights, (grad_A, grad_D, grad_bias, grad_weight), meta)
     if low_rank:
         grad_dt = rows.sum(0, dtype=torch.float32)[..., :rank].to(x.dtype)
     return (

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from subquad.ops.selective_scan._triton_many_forward import (
+    _block,
     _chunk,
     _locate,
     _raw_steps,
     _spread,
     _turned,
-    _visited,
     _way,
 )
 from subquad.ops.selective_scan._triton_tiles import (
@@ -238,16 +238,12 @@ def selective_scan_turn_back_kernel(
 
     Grid (B * K * padded / BT).
     """
-    blocks = padded // BT
-    path = tl.program_id(0) // blocks
-    i_b = path // n_routes
-    k = path % n_routes
-    way = _way(p_table, k, length, padded, height, width, magic, shift, columns, reversed_routes)
-    o_t = tl.program_id(0) % blocks * BT + tl.arange(0, BT)
-    o_p, m_t = _visited(way, o_t, tl.zeros((BT,), tl.int32) + length, EVEN, TABLE)
+    i_b, k, o_p, m_t, o_turned = _block(
+        p_table, length, padded, height, width, magic, shift, n_routes, columns, reversed_routes,
+        N, STEPS, BT, EVEN, TABLE, INDEX,
+    )  # fmt: skip
     o_n = tl.arange(0, BN)
     m_n = (o_n < N)[:, None]
-    o_turned = (path.to(tl.int64) * padded + o_t // STEPS * STEPS) * (2 * N) + o_t % STEPS
     p_part = p_gturned + (o_n * STEPS)[:, None] + o_turned[None, :]
     b_gB = tl.zeros((BN, BT), dtype=tl.float32)
     b_gC = tl.zeros((BN, BT), dtype=tl.float32)
@@ -255,7 +251,7 @@ def selective_scan_turn_back_kernel(
         b_gB += tl.load(p_part, mask=m_n, other=0.0).to(tl.float32)
         b_gC += tl.load(p_part + N * STEPS, mask=m_n, other=0.0).to(tl.float32)
         p_part += images.to(tl.int64) * n_routes * (2 * N) * padded
-    o_row = ((i_b.to(INDEX) * length + o_p) * n_routes + k) * N
+    o_row = ((i_b * length + o_p) * n_routes + k) * N
     o_out = o_row[:, None] + o_n[None, :]
     m_out = m_t[:, None] & (o_n < N)[None, :]
     tl.store(p_gB + o_out, tl.trans(b_gB * _LN2).to(p_gB.dtype.element_ty), mask=m_out)

@@ -91,6 +91,23 @@ def _turned(o_b, o_segment, k, n_routes, padded, segment_steps, N: tl.constexpr,
 
 
 @triton.jit
+def _block(
+    p_table, length, padded, height, width, magic, shift, n_routes, columns, reversed_routes,
+    N: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr,
+    EVEN: tl.constexpr, TABLE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Image, route, pixels, mask and offsets in the turned rows of this program's BT steps."""
+    blocks = padded // BT
+    path = tl.program_id(0) // blocks
+    k = path % n_routes
+    way = _way(p_table, k, length, padded, height, width, magic, shift, columns, reversed_routes)
+    o_t = tl.program_id(0) % blocks * BT + tl.arange(0, BT)
+    o_p, m_t = _visited(way, o_t, tl.zeros((BT,), tl.int32) + length, EVEN, TABLE)
+    o_turned = (path.to(INDEX) * padded + o_t // STEPS * STEPS) * (2 * N) + o_t % STEPS
+    return (path // n_routes).to(INDEX), k, o_p, m_t, o_turned
+
+
+@triton.jit
 def _spread(b, BC: tl.constexpr):
     """[lane, 8 times the same, step] -> [BC, 4 * STEPS] in float32, the same for all channels."""
     b = tl.reshape(b, (4, 8, b.shape[2] // 2, 2))
@@ -131,19 +148,15 @@ def selective_scan_turn_kernel(
 
     Grid (B * K * padded / BT).
     """
-    blocks = padded // BT
-    path = tl.program_id(0) // blocks
-    i_b = path // n_routes
-    k = path % n_routes
-    way = _way(p_table, k, length, padded, height, width, magic, shift, columns, reversed_routes)
-    o_t = tl.program_id(0) % blocks * BT + tl.arange(0, BT)
-    o_p, m_t = _visited(way, o_t, tl.zeros((BT,), tl.int32) + length, EVEN, TABLE)
+    i_b, k, o_p, m_t, o_turned = _block(
+        p_table, length, padded, height, width, magic, shift, n_routes, columns, reversed_routes,
+        N, STEPS, BT, EVEN, TABLE, INDEX,
+    )  # fmt: skip
     o_j = tl.arange(0, BN)
-    o_row = (i_b.to(INDEX) * stride_row_b + k.to(INDEX) * stride_row_k + o_p.to(INDEX) * stride_row_p) * ALIGN
+    o_row = (i_b * stride_row_b + k.to(INDEX) * stride_row_k + o_p.to(INDEX) * stride_row_p) * ALIGN
     m_row = m_t[:, None] & (o_j < 2 * N)[None, :]
     b = tl.load(p_rows + (o_row + RANK)[:, None] + o_j[None, :], mask=m_row, other=0.0)
-    o_turned = (path.to(INDEX) * padded + o_t // STEPS * STEPS) * (2 * N) + o_t % STEPS
-    m_turned = (o_j < 2 * N)[:, None] & (o_t >= 0)[None, :]
+    m_turned = (o_j < 2 * N)[:, None] & (o_turned >= 0)[None, :]
     tl.store(p_turned + (o_j * STEPS)[:, None] + o_turned[None, :], tl.trans(b), mask=m_turned)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from subquad.ops import _triton
 from subquad.ops.selective_scan._triton_chain import selective_scan_chain_kernel
+from subquad.ops.selective_scan._triton_sums import selective_scan_bwd_kernel_parameters
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, TABLE
 
@@ -384,3 +385,25 @@ def chain(
         {"N": state, "BS": 32, "BJ": block, "GIVEN": given is not None, "LAST": last is not None, "num_warps": 1},
     )  # fmt: skip
     return entries
+
+
+def sum_parameters(
+    launch: _triton.Launcher, params: Tensor, weights: Tensor, grads: tuple[Tensor, ...], meta: dict[str, Any]
+) -> None:
+    """Add up what the programs of a gradient pass leave for A, D, the bias and, with low-rank steps, the weight.
+
+    Args:
+        params: (programs, K, E, N + 2).
+        weights: (programs, K, E, BR), or anything.
+        grads: of these four, as the kernels take them.
+    """
+    programs, n_routes, dim, columns = params.shape
+    channels, block = n_routes * dim, 32
+    widest = max(columns, meta["BR"]) if meta["LOW_RANK"] else columns
+    launch(
+        "parameters",
+        selective_scan_bwd_kernel_parameters,
+        (triton.cdiv(channels * widest, block), 1 + meta["LOW_RANK"], 1),
+        (params, weights, *grads, programs, channels),
+        {"N": columns - 2, "RANK": meta["RANK"], "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
+    )

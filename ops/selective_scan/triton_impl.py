@@ -49,9 +49,9 @@ from subquad.ops.selective_scan._triton_plan import (
     pack_routes,
     plan_for,
     scratch,
+    sum_parameters,
 )
 from subquad.ops.selective_scan._triton_sums import (
-    selective_scan_bwd_kernel_parameters,
     selective_scan_bwd_kernel_rows,
 )
 from subquad.ops.selective_scan.call import Gradients, ScanCall
@@ -256,14 +256,7 @@ def _backward(
                 "num_warps": 4,
             },
         )
-        channels, block = n_routes * dim, 32
-        plan.launch(
-            "parameters",
-            selective_scan_bwd_kernel_parameters,
-            (triton.cdiv(channels * (meta["BR"] if low_rank else 3), block), 1 + low_rank, 1),
-            (params, weights, grad_A, grad_D, grad_bias, grad_weight, lane_programs, channels),
-            {"N": 1, "RANK": rank, "BR": meta["BR"], "BP": 32, "BJ": block, "num_warps": 4},
-        )
+        sum_parameters(plan.launch, params, weights, (grad_A, grad_D, grad_bias, grad_weight), meta)
     return (
         grad_x,
         grad_dt,
