@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     segments: int
     padded: int
     grid: tuple[int, int, int]
-    lanes: tuple[int, ...]  # n_lanes to stride_dt_k of the kernels' arguments, without slots
+    lanes: tuple[int, ...]  # n_lanes to stride_dt_k of the kernels' arguments
     rows: tuple[int, ...]  # strides of packed rows
     path: tuple[int, ...]  # height to reversed_routes
     meta: dict[str, Any]
@@ -216,7 +216,6 @@ def forward(call: ScanCall, config: Config, backward_config: Config) -> tuple[Te
         if plan.two_level:
             ends, totals = _ends(plan, inputs, x, turned, table, adjoint=False)
             entries = chain(plan.launch, inputs.A, ends, totals, given, states[0, 0, -1], states.stride(1), 0)
-        lanes, segment, strides = plan.lanes[:5], plan.lanes[5:6], plan.lanes[6:]
         plan.launch(
             "output",
             selective_scan_many_fwd_kernel,
@@ -224,7 +223,7 @@ def forward(call: ScanCall, config: Config, backward_config: Config) -> tuple[Te
             (
                 x, inputs.dt, turned, inputs.weight, inputs.bias, inputs.A, inputs.D, table,
                 states if entries is None else entries, states, parts,
-                *lanes, slots, *segment, *strides, *plan.path, batch,
+                *plan.lanes, *plan.path, slots, batch,
             ),
             {**plan.meta, "ENTRY": entries is not None},
         )  # fmt: skip
@@ -262,7 +261,6 @@ def backward(
             ends, totals = _ends(plan, inputs, grad_y, turned, table, adjoint=True)
             every = (1 << n_routes) - 1
             entries = chain(plan.launch, inputs.A, ends, totals, given, grad_initial, dim * state, every)
-        lanes, segment, strides = plan.lanes[:5], plan.lanes[5:6], plan.lanes[6:]
         plan.launch(
             "gradients",
             selective_scan_many_bwd_kernel,
@@ -271,7 +269,7 @@ def backward(
                 grad_y, x, inputs.dt, turned, inputs.weight, inputs.bias, inputs.A, inputs.D, table, states,
                 states if entries is None else entries, parts, grad_dt, rows, turned_grads, weights, params,
                 states if grad_initial is None else grad_initial, waiting,
-                *lanes, states.shape[2], *segment, *strides, *plan.path, batch,
+                *plan.lanes, *plan.path, states.shape[2], batch,
             ),
             {**meta, "ENTRY": entries is not None, "KEEP_INITIAL": grad_initial is not None},
         )  # fmt: skip

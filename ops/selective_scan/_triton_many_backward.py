@@ -67,8 +67,8 @@ def _sum_channels(b, STEPS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.const
 def selective_scan_many_bwd_kernel(
     p_gy, p_x, p_dt, p_turned, p_weight, p_bias, p_A, p_D, p_table, p_states, p_entries,
     p_gx, p_gdt, p_grows, p_gturned, p_gweight, p_gparams, p_ginitial, p_scratch,
-    n_lanes, length, padded, segments, segment_tiles, slots, dim, stride_dt_b, stride_dt_p, stride_dt_k,
-    height, width, magic, shift, n_routes, columns, reversed_routes, images,
+    n_lanes, length, padded, segments, segment_tiles, dim, stride_dt_b, stride_dt_p, stride_dt_k,
+    height, width, magic, shift, n_routes, columns, reversed_routes, slots, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     KEEP_INITIAL: tl.constexpr,
@@ -98,9 +98,7 @@ def selective_scan_many_bwd_kernel(
     p_gA = p_q + size
     o_turned = _turned(o_b, o_segment, k, n_routes, padded, segment_tiles * STEPS, N, STEPS)
     p_gt = p_gturned + tl.program_id(0).to(tl.int64) * images * n_routes * (2 * N) * padded + o_turned
-    m_gt = (
-        (tl.arange(0, 8) == 0)[None, :, None] & (o_end > 0)[:, None, None] & (tl.arange(0, STEPS) >= 0)[None, None, :]
-    )
+    m_gt = (tl.arange(0, 8) == 0)[None, :, None] & (o_end > 0)[:, None, None]
     o_route = o_b * n_routes + k
     p_state = p_states + (o_route * slots * dim * N)[:, None, None] + (o_sc * N)[None, :, :]
     p_entry = p_entries + ((o_route * segments + o_segment) * dim * N)[:, None, None] + o_sc[None, :, :]

@@ -156,8 +156,7 @@ def selective_scan_turn_kernel(
     o_row = (i_b * stride_row_b + k.to(INDEX) * stride_row_k + o_p.to(INDEX) * stride_row_p) * ALIGN
     m_row = m_t[:, None] & (o_j < 2 * N)[None, :]
     b = tl.load(p_rows + (o_row + RANK)[:, None] + o_j[None, :], mask=m_row, other=0.0)
-    m_turned = (o_j < 2 * N)[:, None] & (o_turned >= 0)[None, :]
-    tl.store(p_turned + (o_j * STEPS)[:, None] + o_turned[None, :], tl.trans(b), mask=m_turned)
+    tl.store(p_turned + (o_j * STEPS)[:, None] + o_turned[None, :], tl.trans(b), mask=(o_j < 2 * N)[:, None])
 
 
 @_kernel
@@ -232,8 +231,8 @@ def _chunk(tile, o_segment, backwards, segments, segment_tiles, TILES: tl.conste
 @_kernel
 def selective_scan_many_fwd_kernel(
     p_x, p_dt, p_turned, p_weight, p_bias, p_A, p_D, p_table, p_entries, p_states, p_y,
-    n_lanes, length, padded, segments, segment_tiles, slots, dim, stride_dt_b, stride_dt_p, stride_dt_k,
-    height, width, magic, shift, n_routes, columns, reversed_routes, images,
+    n_lanes, length, padded, segments, segment_tiles, dim, stride_dt_b, stride_dt_p, stride_dt_k,
+    height, width, magic, shift, n_routes, columns, reversed_routes, slots, images,
     N: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, TWO_LEVEL: tl.constexpr, ENTRY: tl.constexpr,
     LOW_RANK: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, EXACT: tl.constexpr,
