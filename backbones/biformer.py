@@ -18,6 +18,7 @@ from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.bilevel import BiLevelRoutingAttention
 from subquad.backbones.layers import DepthwiseConv, MapConv2d, stage_dims
+from subquad.backbones.norms import LayerNorm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["BiFormer", "BiFormerBlock"]
@@ -101,11 +102,12 @@ class BiFormerBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.pre_norm = pre_norm
+        result = "projection" if pre_norm else "stream"
         self.pos_embed = DepthwiseConv(dim, pos_size, residual=True, **dd) if pos_size > 0 else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = LayerNorm(dim, eps=1e-6, result=result, **dd)
         self.attn = mixer(dim, **dd)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = LayerNorm(dim, eps=1e-6, result=result, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp_dwconv, **dd)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

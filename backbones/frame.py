@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subquad.backbones.base import Factory, StageSpec
 from subquad.backbones.images import check_image_size
 from subquad.backbones.layers import ConvDownsample, MapConv2d, PatchMerging
+from subquad.backbones.norms import StreamNorm
 
 
 class PatchStem(nn.Module):
@@ -23,7 +24,7 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm1 = StreamNorm(dim, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x, 4)
@@ -36,10 +37,10 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, norm: bool, **dd: Any) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm1 = StreamNorm(dim // 2, **dd) if norm else nn.Identity()
         self.act = nn.GELU()
         self.conv2 = MapConv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm2 = StreamNorm(dim, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
@@ -91,7 +92,7 @@ def frame(
     return {
         "stem": STEMS[stem](in_chans, dims[0], patch_norm, device=device, dtype=dtype),
         "stages": stages,
-        "norm": partial(nn.LayerNorm, eps=1e-5),
+        "norm": StreamNorm,
         "in_chans": in_chans,
         "device": device,
         "dtype": dtype,

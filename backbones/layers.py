@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
 from subquad.backbones.images import check_map_size
+from subquad.backbones.norms import LayerNorm, StreamNorm
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
 from subquad.ops.maps import Kept, crop
 from subquad.ops.selective_scan import ROUTES
@@ -158,39 +159,7 @@ def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | st
         raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
 
 
-@register_notrace_function
-def input_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """What ``InputLayerNorm`` computes: in eager mode, in TorchScript and as a leaf of torch.fx."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if torch.jit.is_scripting():
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    else:  # TorchScript leaves out branches, not what stands behind them
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return F.layer_norm(x, weight.shape, weight, bias, eps)
-        return _without_autocast(x, weight, bias, eps)
-
-
-def _without_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if torch.compiler.is_compiling():
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, weight.shape, weight, bias, eps)
-    torch.set_autocast_enabled(x.device.type, False)  # the context manager takes as long as the norm
-    try:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    finally:
-        torch.set_autocast_enabled(x.device.type, True)
-
-
-class InputLayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, whatever that of its weights, also under autocast.
-
-    For a norm between an op and a projection, which round to that dtype anyway: autocast would write and keep the map
-    in float32. Statistics are in float32 either way.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return input_layer_norm(x, self.weight, self.bias, self.eps)
+# Convolutions ----------------------------------------------------------------------------------------------------
 
 
 class MapConv2d(nn.Conv2d):
@@ -423,7 +392,7 @@ class ConvDownsample(nn.Module):
         ValueError: for a map that a kernel of size 2 does not fit into, as small images leave.
     """
 
-    def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
+    def __init__(self, in_dim: int, dim: int, kernel_size: int = 3, norm: Factory = StreamNorm, **dd: Any) -> None:
         super().__init__()
         self.conv = MapConv2d(in_dim, dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
         self.norm = norm(dim, **dd)
@@ -437,7 +406,7 @@ class ConvDownsample(nn.Module):
 class PatchMerging(nn.Module):
     """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
 
-    def __init__(self, in_dim: int, dim: int, norm: Factory = nn.LayerNorm, **dd: Any) -> None:
+    def __init__(self, in_dim: int, dim: int, norm: Factory = LayerNorm, **dd: Any) -> None:
         super().__init__()
         self.norm = norm(4 * in_dim, **dd)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)

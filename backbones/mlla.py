@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.layers import DepthwiseConv, attend, check_heads, rotary_by_width
+from subquad.backbones.norms import LayerNorm, StreamNorm
 from subquad.backbones.registry import default_cfg, register_variants
 
 __all__ = ["MLLA", "MLLABlock", "RotaryLinearAttention"]
@@ -61,14 +62,14 @@ class MLLABlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe1 = DepthwiseConv(dim, 3, residual=True, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.gate_proj = nn.Linear(dim, dim, **dd)
         self.in_proj = nn.Linear(dim, dim, **dd)
         self.conv = DepthwiseConv(dim, 3, activation="silu", **dd)
         self.attn = RotaryLinearAttention(dim, num_heads, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd)
         self.cpe2 = DepthwiseConv(dim, 3, residual=True, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -195,7 +196,7 @@ class MLLA(Pyramid):
                 )
                 for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True))
             ],
-            norm=partial(nn.LayerNorm, eps=1e-5),
+            norm=StreamNorm,
             in_chans=in_chans,
             **dd,
             **pyramid,

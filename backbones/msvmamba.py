@@ -22,7 +22,6 @@ from subquad.backbones.base import Pyramid
 from subquad.backbones.frame import FRAME_NAMES, fit_scan_weights, frame
 from subquad.backbones.layers import (
     DepthwiseConv,
-    InputLayerNorm,
     MapConv2d,
     ScanParameters,
     check_scan_sizes,
@@ -30,6 +29,7 @@ from subquad.backbones.layers import (
     scan_routes,
     stage_dims,
 )
+from subquad.backbones.norms import LayerNorm
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops.selective_scan import ROUTES
 
@@ -87,7 +87,7 @@ class MultiScaleSS2D(ScanParameters):
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
         self.conv = DepthwiseConv(inner, 3, activation="silu", **dd)
         self.half_conv = MapConv2d(inner, inner, 7, stride=2, padding=3, groups=inner, **dd)
-        self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
+        self.out_norm = LayerNorm(inner, result="input", **dd)
         self.se = SqueezeExcite(inner, max(1, inner // 8), **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
@@ -162,9 +162,9 @@ class MSVMambaBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = MultiScaleSS2D(dim, **ssm, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = LayerNorm(dim, result="stream" if post_norm else "projection", **dd)
         self.ffn = ConvFFN(dim, int(dim * ffn_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

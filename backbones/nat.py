@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from subquad.backbones.base import Factory, Pyramid, StageSpec
 from subquad.backbones.layers import MapConv2d, PatchEmbed, PatchMerging, check_heads, in_turn
 from subquad.backbones.neighborhood import (
-    NORM,
     Block,
     bias_tables,
     cfg,
@@ -26,6 +25,7 @@ from subquad.backbones.neighborhood import (
     dilated_cfg,
     neighborhood,
 )
+from subquad.backbones.norms import StreamNorm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["NAT", "NATBlock"]
@@ -51,8 +51,8 @@ class NATBlock(Block):
         super().__init__(dim, attn, mlp_ratio, layer_scale, drop_path, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x, y = self.norm2(x, self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+        return x + self.drop_path(self.ls2(self.mlp(y)))
 
 
 class Stem(nn.Module):
@@ -62,7 +62,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = StreamNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv2(self.conv1(x)).permute(0, 2, 3, 1))
@@ -74,7 +74,7 @@ class Downsample(nn.Module):
     def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
         super().__init__()
         self.reduction = MapConv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = StreamNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x))
@@ -82,7 +82,7 @@ class Downsample(nn.Module):
 
 FRAMES: dict[str, tuple[Factory, Factory]] = {
     "conv": (Stem, Downsample),
-    "patch": (partial(PatchEmbed, patch_size=4, norm=NORM), PatchMerging),
+    "patch": (partial(PatchEmbed, patch_size=4, norm=StreamNorm), PatchMerging),
 }
 """Stem, and what is between stages."""
 
@@ -156,7 +156,7 @@ class NAT(Pyramid):
                 )
                 for i, stage in enumerate(dilations)
             ],
-            norm=NORM,
+            norm=StreamNorm,
             in_chans=in_chans,
             **dd,
             **pyramid,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from subquad.backbones.base import Isotropic, resample_position
 from subquad.backbones.layers import PatchEmbed, check_heads, in_turn
 from subquad.backbones.neighborhood import (
-    NORM,
     Block,
     bias_tables,
     cfg,
@@ -25,6 +24,7 @@ from subquad.backbones.neighborhood import (
     dilated_cfg,
     neighborhood,
 )
+from subquad.backbones.norms import StreamNorm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["IsotropicNAT"]
@@ -73,8 +73,8 @@ class TokenBlock(Block):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Tokens of a map of that size to such."""
         attended = self.attn(self.norm1(x).unflatten(1, (height, width))).flatten(1, 2)
-        x = x + self.drop_path(self.ls1(attended))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x, y = self.norm2(x, self.drop_path(self.ls1(attended)))
+        return x + self.drop_path(self.ls2(self.mlp(y)))
 
 
 class IsotropicNAT(Isotropic):
@@ -128,12 +128,12 @@ class IsotropicNAT(Isotropic):
 
         dd = {"device": device, "dtype": dtype}
         super().__init__(
-            PatchEmbed(in_chans, dim, patch_size, NORM, **dd),
+            PatchEmbed(in_chans, dim, patch_size, StreamNorm, **dd),
             in_turn([partial(block, index=i) for i in range(depth)]),
             dim=dim,
             depth=depth,
             reduction=patch_size,
-            norm=NORM,
+            norm=StreamNorm,
             in_chans=in_chans,
             **dd,
             **isotropic,

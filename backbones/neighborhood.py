@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, resample_position
+from subquad.backbones.norms import AddLayerNorm, LayerNorm
 from subquad.backbones.registry import default_cfg
 from subquad.ops import NeighborhoodAttention2D
 
@@ -32,10 +33,10 @@ class Block(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = AddLayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -52,9 +53,6 @@ def neighborhood(
     return NeighborhoodAttention2D(
         dim, num_heads, kernel_size, dilation, rel_pos_bias=True, pad_small_maps=pad_small_maps, **dd
     )
-
-
-NORM = partial(nn.LayerNorm, eps=1e-5)
 
 
 def check_kernel(kernel_size: int) -> None:

@@ -26,6 +26,7 @@ from subquad.backbones.layers import (
     rotary_by_head,
     rotate,
 )
+from subquad.backbones.norms import LayerNorm
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,11 +126,11 @@ class RotaryBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.cpe1 = DepthwiseConv(dim, 3, residual=True, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
         self.attn = mixer(dim, **dd)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.cpe2 = DepthwiseConv(dim, 3, residual=True, **dd) if second_cpe else None
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = ConvMlp(dim, int(mlp_ratio * dim), **dd)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -28,6 +28,7 @@ from subquad.backbones.layers import (
     position_map,
     stage_dims,
 )
+from subquad.backbones.norms import AddLayerNorm, LayerNorm, StreamNorm
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops import gated_linear_attention
 
@@ -160,10 +161,10 @@ class PatchStem(nn.Module):
         half = patch_size // 2
         self.smallest = max(1, half - 1)
         self.conv1 = nn.Conv2d(in_chans, dim // 2, half + 1, stride=half, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd)
+        self.norm1 = StreamNorm(dim // 2, **dd)
         self.act = nn.SiLU()
         self.conv2 = MapConv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = StreamNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_size(x, self.smallest)
@@ -250,15 +251,15 @@ class HierarchicalViGBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = GatedAttention(dim, **mixer, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm2 = AddLayerNorm(dim, **dd)
         self.mlp = _mlp(dim, 32, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm2(x, self.drop_path(self.mixer(self.norm1(x))))
+        return x + self.drop_path(self.mlp(y))
 
 
 class HierarchicalViG(Pyramid):

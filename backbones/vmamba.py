@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid
 from subquad.backbones.frame import FRAME_NAMES, fit_scan_weights, frame
-from subquad.backbones.layers import (
-    DepthwiseConv,
-    InputLayerNorm,
-    ScanParameters,
-    check_scan_sizes,
-    scan_rank,
-    scan_routes,
-    stage_dims,
-)
+from subquad.backbones.layers import DepthwiseConv, ScanParameters, check_scan_sizes, scan_rank, scan_routes, stage_dims
+from subquad.backbones.norms import AddLayerNorm, LayerNorm
 from subquad.backbones.registry import default_cfg, register_variants
 from subquad.ops.selective_scan import CROSS, ROUTES
 
@@ -69,7 +62,7 @@ class SS2D(ScanParameters):
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd) if gated else None
         self.conv = DepthwiseConv(inner, kernel_size, bias=conv_bias, activation="silu", **dd)
-        self.out_norm = InputLayerNorm(inner, eps=1e-5, **dd)
+        self.out_norm = LayerNorm(inner, result="input", **dd)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
@@ -103,17 +96,18 @@ class VMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = SS2D(dim, **ssm, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd) if mlp_ratio > 0 else None
+        self.norm2 = AddLayerNorm(dim, **dd) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        y = self.drop_path(self.mixer(self.norm1(x)))
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, y = self.norm2(x, y)
+            y = self.drop_path(self.mlp(y))
+        return x + y
 
 
 class VMamba(Pyramid):

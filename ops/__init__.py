@@ -8,6 +8,7 @@ one.
 from subquad.ops._dispatch import Explanation, explain, use_backend
 from subquad.ops.depthwise_conv import causal_conv1d, depthwise_conv2d
 from subquad.ops.gated_linear_attention import gated_linear_attention
+from subquad.ops.layer_norm import add_layer_norm, layer_norm
 from subquad.ops.linear_attention import linear_attention
 from subquad.ops.neighborhood_attention import na1d, na2d, na3d
 from subquad.ops.neighborhood_attention.modules import (
@@ -25,10 +26,12 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "add_layer_norm",
     "causal_conv1d",
     "depthwise_conv2d",
     "explain",
     "gated_linear_attention",
+    "layer_norm",
     "linear_attention",
     "na1d",
     "na1d_av",

@@ -33,6 +33,7 @@ from subquad.backbones import weights
 from subquad.backbones.registry import check_model
 from subquad.ops.depthwise_conv import export_form as depthwise_conv_form
 from subquad.ops.gated_linear_attention import export_form as gated_linear_attention_form
+from subquad.ops.layer_norm import export_form as layer_norm_form
 from subquad.ops.linear_attention import export_form as linear_attention_form
 from subquad.ops.neighborhood_attention import export_form as neighborhood_attention_form
 from subquad.ops.region_attention import export_form as region_attention_form
@@ -46,8 +47,10 @@ TOLERANCE = 1e-4
 """Largest difference from the model that a program may show, relative to the largest magnitude of the output."""
 
 EXPORT_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.ops.subquad.add_layer_norm.default: layer_norm_form.sum_form,
     torch.ops.subquad.depthwise_conv.default: depthwise_conv_form.export_form,
     torch.ops.subquad.gated_linear_attention.default: gated_linear_attention_form.export_form,
+    torch.ops.subquad.layer_norm.default: layer_norm_form.export_form,
     torch.ops.subquad.linear_attention.default: linear_attention_form.export_form,
     torch.ops.subquad.neighborhood_attention.default: neighborhood_attention_form.export_form,
     torch.ops.subquad.neighborhood_av.default: neighborhood_attention_form.av_export_form,

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from subquad.ops import _compile, _compile_worker, depthwise_conv, neighborhood_attention
+from subquad.ops.layer_norm import prepare_sum
 from subquad.ops.selective_scan import CROSS, prepare
 
 triton = pytest.importorskip("triton", reason="needs triton, which this torch came without")
@@ -132,12 +133,17 @@ def _conv() -> tuple[str, Any]:
     return "depthwise_conv", depthwise_conv.prepare_map(_leaf(1, 8, 8, 32), _leaf(32, 3, 3), None, activation="silu")
 
 
+def _norm() -> tuple[str, Any]:
+    weight = torch.empty(32, device="meta").requires_grad_()
+    return "layer_norm", prepare_sum(_leaf(2, 9, 32).float(), _leaf(2, 9, 32), weight, weight)
+
+
 def _neighborhood() -> tuple[str, Any]:
     return "neighborhood_attention", neighborhood_attention.prepare(2, *(_leaf(1, 8, 8, 2, 32) for _ in range(3)), 3)
 
 
 @needs_ptxas
-@pytest.mark.parametrize("make", [_scan, _conv, _neighborhood])
+@pytest.mark.parametrize("make", [_scan, _conv, _norm, _neighborhood])
 def test_finds_what_workers_compiled(
     make: Callable[[], tuple[str, Any]], gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

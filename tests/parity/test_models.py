@@ -76,7 +76,10 @@ def _compare_outputs(case: Any, dtype: torch.dtype, check: Callable[..., None]) 
         key = name if name.startswith("out/") else f"probe/{name}"
         if getattr(module, "activation", "none") == "silu":
             activated.add(key)
-        module.register_forward_hook(lambda _module, _args, output, key=key: seen.update({key: output}))
+        # an AddLayerNorm gives its sum too
+        module.register_forward_hook(
+            lambda _module, _args, output, key=key: seen.update({key: output[-1] if type(output) is tuple else output})
+        )
     for name, module in getattr(case.system, "taps", lambda model: {})(model).items():
         # permuted here, because a map of as many channels as pixels a side does not show its layout
         module.register_forward_hook(

@@ -16,6 +16,7 @@ from subquad.tools.benchmarks import (
     depthwise_conv,
     gate,
     gated_linear_attention,
+    layer_norm,
     linear_attention,
     measure,
     neighborhood_attention,
@@ -31,6 +32,7 @@ OPS: dict[str, OpEntry] = {
     entry.name: entry
     for entry in (
         depthwise_conv.ENTRY,
+        layer_norm.ENTRY,
         linear_attention.ENTRY,
         gated_linear_attention.ENTRY,
         neighborhood_attention.ENTRY,

@@ -1,0 +1,124 @@
+"""The norms of residual blocks against PyTorch's LayerNorm: eager, autocast, TorchScript, torch.fx, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.backbones.norms import AddLayerNorm, LayerNorm
+
+DTYPES = {"projection": torch.bfloat16, "stream": torch.float32, "input": torch.float32}
+
+
+def random(module: nn.Module) -> Any:
+    """The module with weights that show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def maps(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 3, 5, 12, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
+
+
+def expected(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (12,), norm.weight, norm.bias, norm.eps)
+
+
+@pytest.mark.parametrize("result", DTYPES)
+def test_equals_pytorch(result: str) -> None:
+    norm, (x,) = random(LayerNorm(12, eps=1e-3, result=result)), maps(1)
+    y = norm(x)
+    torch.testing.assert_close(y, expected(norm, x))
+    ours = torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])
+    theirs = torch.autograd.grad(expected(norm, x).square().sum(), [x, *norm.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)  # sums of up to 60 terms of size 10
+
+
+def test_the_sum_of_a_block() -> None:
+    norm, (x, branch) = random(AddLayerNorm(12)), maps(2)
+    total, y = norm(x, branch)
+    assert torch.equal(total, x + branch)
+    torch.testing.assert_close(y, expected(norm, x + branch))
+    inputs = [x, branch, *norm.parameters()]
+    ours = torch.autograd.grad((total * 2).sin().sum() + y.square().sum(), inputs)
+    total = x + branch
+    theirs = torch.autograd.grad((total * 2).sin().sum() + expected(norm, total).square().sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_under_autocast(result: str, dtype: torch.dtype) -> None:
+    """The norm in float32 of what comes in, rounded where the next projection would round it."""
+    norm, (x,) = random(LayerNorm(12, result=result)), maps(1, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    want = x.dtype if result == "input" else DTYPES[result]
+    assert y.dtype == want and torch.equal(y, expected(norm, x.float()).to(want))
+    assert norm(x).dtype == x.dtype
+
+
+def test_float64_and_the_sum_under_autocast() -> None:
+    norm, (x, branch) = random(AddLayerNorm(12)), maps(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, y = norm(x, branch.bfloat16())
+        wide = norm.double()(x.double(), branch.double())
+    assert (total.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(total, x + branch.bfloat16())
+    assert [part.dtype for part in wide] == [torch.float64, torch.float64]
+
+
+def test_16_bit_models() -> None:
+    """As after ``model.to(bfloat16)``: no autocast, everything in 16 bits but the statistics."""
+    norm, (x, branch) = random(AddLayerNorm(12)).bfloat16(), maps(2, torch.bfloat16)
+    total, y = norm(x, branch)
+    assert total.dtype == y.dtype == torch.bfloat16
+    assert torch.equal(y, expected(norm.float(), (x + branch).float()).bfloat16())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = random(LayerNorm(12))
+        self.fc = random(nn.Linear(12, 12))
+        self.norm2 = random(AddLayerNorm(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.norm2(x, self.fc(self.norm1(x)))
+        return x + y
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_traced_forms_compute_the_same(autocast: bool) -> None:
+    block, (x,) = Block(), maps(1)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = block(x)
+        # Rounding to bfloat16 may fall on the other side of a tie.
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(compiled(x), y, **tolerance)
+        if not autocast:  # TorchScript knows no autocast state
+            torch.testing.assert_close(torch.jit.script(block)(x), y)
+            torch.testing.assert_close(torch.jit.trace(block, x)(x), y)
+
+
+def test_exports_have_pytorchs_norm() -> None:
+    (x,) = maps(1)
+    program = torch.export.export(Block(), (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("layer_norm" in target for target in targets) == 2 and not any("subquad" in t for t in targets)
+
+
+def test_keys_are_those_of_pytorchs_norm() -> None:
+    for norm in (LayerNorm(12), AddLayerNorm(12)):
+        assert isinstance(norm, nn.LayerNorm) and norm.state_dict().keys() == nn.LayerNorm(12).state_dict().keys()
