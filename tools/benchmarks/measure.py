@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -85,16 +87,42 @@ def median_ms(function: Callable[[], object], device: torch.device, budget: Budg
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """Capture a call as a CUDA graph; the returned function replays it."""
+    """Capture a call as a CUDA graph; the returned function replays it.
+
+    The call runs three times before, on a stream of its own.
+
+    Raises:
+        Exception: what the call raises during the capture, for instance because it waits for the device; the process
+            can go on.
+    """
+    stream = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(stream)
     with torch.cuda.stream(side):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    stream.wait_stream(side)
+    gc.collect()  # backward passes kept alive by reference cycles would tie gradients to the streams they ran on
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    device = torch.cuda.current_device()
+    random = torch.cuda.default_generators[device].clone_state()
+    raised: Exception | None = None
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                function()
+            except Exception as error:
+                raised = error
+                raise
+    except Exception as error:
+        # What PyTorch (2.11) leaves behind when it cannot end a capture: the capture's stream as the current one, a
+        # random generator that refuses to draw outside of a capture, and the pool with all of the call's memory.
+        torch.cuda.set_stream(stream)
+        torch.cuda.default_generators[device].graphsafe_set_state(random)
+        with suppress(RuntimeError):  # the capture ended after all, and the graph frees its pool
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        raise (raised or error) from None  # the error of the capture's end says less than the one that broke it
     return graph.replay
 
 

@@ -1,4 +1,4 @@
-"""``subquad benchmark``: floors against hand-computed ones, the gate against wrong callables, what a run leaves."""
+"""``subquad benchmark ops``: floors against hand-computed ones, the gate against wrong callables, what a run leaves."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad.backbones import layers
 from subquad.ops import gated_linear_attention
-from subquad.ops.selective_scan import ScanCall, torch_impl
 from subquad.tools import benchmark
 from subquad.tools.benchmark import ModelsOptions, OpsOptions
-from subquad.tools.benchmarks import gate, measure, models, ops, recorded, report, systems
+from subquad.tools.benchmarks import gate, measure, ops, recorded, report
 from subquad.tools.benchmarks.measure import Ceilings
 from subquad.tools.benchmarks.registry import Case, OpEntry, Recorded, System, Tensors
 
@@ -35,13 +33,6 @@ DEPTHWISE = ops.OPS["depthwise_conv"]
 REGION = ops.OPS["region_attention"]
 CPU = torch.device("cpu")
 TINY = "3x16x4x5"
-
-
-@pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of a short run, with ceilings of the reference GPU in place of a measurement."""
-    monkeypatch.setattr(measure, "ceilings", lambda device: Ceilings(copy=3.0e12, matmul=7.5e14, exp2=4.13e12))
-    return {"device": "cpu", "dtype": "float32", "milliseconds": 1, "repeats": 1, "output": tmp_path / "results"}
 
 
 def _run_scan(quick: dict[str, Any], entry: OpEntry = SCAN, **options: Any) -> list[report.Row]:
@@ -105,13 +96,6 @@ def test_every_recorded_shape_is_a_case() -> None:
     cases = {(case.shape, case.variant) for case in SCAN.cases}
     assert {(shape, f"core-n{states}") for shape, states in recorded.CORE} <= cases
     assert {(shape, "core+proj-n1") for shape in recorded.CORE_PROJ} <= cases
-
-
-@pytest.mark.parametrize(
-    "resolution, batch", [(96, 128), (224, 128), (384, 32), (512, 32), (1024, 8), (2048, 2), (9999, 1)]
-)
-def test_batch_keeps_the_pixels_constant(resolution: int, batch: int) -> None:
-    assert models.constant_pixels(128, resolution) == batch
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
@@ -337,83 +321,6 @@ def test_peers_that_scan_sequences_compute_the_same(
     assert [(row["system"], row["status"]) for row in rows] == [("ours", "ok"), (name, "ok")]
 
 
-# Models ----------------------------------------------------------------------------------------------------------
-
-
-def _run_models(quick: dict[str, Any], **options: Any) -> list[report.Row]:
-    few: dict[str, Any] = {
-        "models": ("test_vmamba",),
-        "peers": (),
-        "resolutions": (32,),
-        "batch": 2,
-        "modes": ("eager",),
-    }
-    return benchmark.run(ModelsOptions(**{**quick, **few, **options}))
-
-
-def test_models_run_leaves_rows_and_plots(quick: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib for the plots")
-    rows = _run_models(quick, resolutions=(32, 64))
-    found = [(row["model"], row["resolution"], row["batch"], row["mode"], row["status"]) for row in rows]
-    assert found == [
-        ("test_vmamba", 32, 2, "eager", "ok"),
-        ("test_vmamba, core off", 32, 2, "eager", "ok"),
-        ("test_vmamba", 64, 2, "eager", "ok"),
-        ("test_vmamba, core off", 64, 2, "eager", "ok"),
-        ("test_vmamba", 32, 1, "eager", "ok"),
-        ("test_vmamba", 32, 1, "cuda graph", "skipped: needs a GPU"),
-    ]
-    assert 0 < rows[0]["error"] < 1e-4
-    assert rows[0]["infer_img_s"] == pytest.approx(2e3 / rows[0]["infer_ms"])
-    assert rows[1]["train_vs_ours"] == pytest.approx(rows[1]["train_ms"] / rows[0]["train_ms"])
-    assert rows[4]["train_ms"] is None
-    with (quick["output"] / "models.csv").open(newline="") as file:
-        assert tuple(next(csv.reader(file))) == models.COLUMNS
-    for name in ("infer.png", "train.png"):
-        assert (quick["output"] / name).read_bytes().startswith(b"\x89PNG")
-    assert "copy 3 TB/s" in capsys.readouterr().out.splitlines()[0]
-
-
-def test_a_wrong_model_gets_no_time(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = torch_impl.forward
-
-    def wrong_in_single_precision(call: ScanCall) -> tuple[Tensor, Tensor]:
-        y, states = forward(call)
-        # y is mostly 4 x at the start, and the norm behind the scan undoes a scale: another error than one of scale
-        return (y + call.x.flip(-1), states) if call.x.dtype == torch.float32 else (y, states)
-
-    monkeypatch.setattr(torch_impl, "forward", wrong_in_single_precision)
-    (row,) = _run_models(quick, core_off=False, latency=False)
-    assert row["status"].startswith("FAIL: relative error") and row["error"] > 1e-4
-    assert row["infer_ms"] is None and row["train_ms"] is None
-
-
-def test_core_off_skips_the_op_and_puts_it_back() -> None:
-    system = systems.core_off("test_vmamba")
-    model = system.build(32, CPU)
-    real = layers.selective_scan
-    with system.context(model):
-        x = torch.randn(1, 2, 2, 3)
-        off: Any = layers.selective_scan
-        assert off(x, out_dtype=torch.float64).dtype == torch.float64
-        assert torch.equal(off(x), x)
-        model(torch.randn(1, 3, 32, 32))
-    assert layers.selective_scan is real
-
-
-def test_core_off_skips_neighborhood_attention() -> None:
-    """Then pixels of different patches do not meet but through convolutions."""
-    system = systems.core_off("test_nat_isotropic")
-    model = system.build(96, CPU).eval()
-    image = torch.randn(1, 3, 96, 96)
-    changed = image.clone()
-    changed[..., :16, :16] += 1
-    difference = [(model.forward_features(x)[0, 1:]).detach() for x in (image, changed)]
-    assert not torch.equal(*difference)
-    with system.context(model):
-        assert torch.equal(*[(model.forward_features(x)[0, 1:]).detach() for x in (image, changed)])
-
-
 @pytest.mark.parametrize("variant", WINDOW.variants)
 def test_peers_that_copy_windows_compute_the_same(quick: dict[str, Any], variant: str) -> None:
     options = OpsOptions(**{"shapes": ("2x8x15x2x8",), "variants": (variant,), **quick})
@@ -456,35 +363,6 @@ def test_region_attention_floor() -> None:
     assert floor["fwd_floor_ms"] == pytest.approx(0.0696, rel=2e-3)
     assert floor["fb_floor_ms"] == pytest.approx(0.2076, rel=2e-3)
     assert floor["fwd_exp_floor_ms"] == pytest.approx(0.01244, rel=2e-3)  # 64 keys a query
-
-
-def test_plan_of_a_sweep() -> None:
-    jobs = models.plan(ModelsOptions(peers=("swin*", "resnet50"), resolutions=(224, 1024), batch=128), CPU)
-    names = [job.system.name for job in jobs if (job.resolution, job.mode) == (1024, "eager")]
-    swin = "swin_tiny_patch4_window7_224"
-    assert names == ["vmamba_tiny", "vmamba_tiny, core off", swin, f"{swin}, patched", "resnet50"]
-    assert {job.batch for job in jobs if job.resolution == 1024} == {8}
-    order = list(dict.fromkeys((job.mode, job.batch == 1) for job in jobs))
-    assert order == [("eager", False), ("eager", True), ("cuda graph", True), ("compiled", False)]
-
-
-def test_peers_are_built_for_the_resolution() -> None:
-    for peer in systems.PEERS:
-        assert peer.build(96, CPU)(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"models": ("vmamba_huge",)}, "unknown model 'vmamba_huge'.*vmamba_tiny"),
-        ({"models": ("resnet50",)}, "unknown model 'resnet50'"),
-        ({"peers": ("resnet51",)}, "unknown peer 'resnet51'.*resnet50"),
-        ({"resolutions": (224, 0)}, "must be positive"),
-    ],
-)
-def test_unknown_models_are_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        benchmark.run(ModelsOptions(**options))
 
 
 def test_command_line_has_both_benchmarks() -> None:
