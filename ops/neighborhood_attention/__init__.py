@@ -196,9 +196,6 @@ def _why_not_triton(call: NeighborhoodCall) -> str | None:
         return reason
     if call.working == torch.float64:
         return "float64 is computed in PyTorch"
-    if (len(call.size) == 3 or call.extra) and _dispatch.requested() != "triton":
-        # What no GPU has confirmed yet runs where it is asked for, as the tests do.
-        return "the kernels of volumes and additional keys are checked in Triton's interpreter only so far"
     channels, most = max(call.q.shape[-1], call.v.shape[-1]), 256 // call.q.element_size()
     return f"the kernels serve heads of at most {most} channels, got {channels}" if channels > most else None
 
