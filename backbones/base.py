@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.images import check_images
+from subquad.backbones.images import channels_last, check_images
 from subquad.ops.maps import exporting
 
 Factory = Callable[..., nn.Module]
@@ -204,7 +204,7 @@ class Pyramid(nn.Module):
             stages = self.stages
         else:
             stages = self.stages[: max_index + 1]
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         i = 0
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -235,7 +235,7 @@ class Pyramid(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the last map, normalised: (B, H / r, W / r, num_features)."""
         check_images(x, self.in_chans)
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         x = self.stages(x)
         return self.norm(x)
 
@@ -370,7 +370,7 @@ class Isotropic(nn.Module):
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Images (B, C, H, W) to tokens and the height and width of their map."""
         check_images(x, self.in_chans)
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         height, width = x.shape[1], x.shape[2]
         if self.pos_embed is not None:
             x = x + resample_position(self.pos_embed, height, width)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from subquad.backbones.layers import DepthwiseConv, ceil_to, crop_to
+from subquad.backbones.layers import DepthwiseConv, ceil_to, crop_to, pad_to
 from subquad.ops import region_attention, route_regions
 from subquad.ops.maps import exporting
 
@@ -21,10 +21,7 @@ _POOLS = ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpool")
 @register_notrace_function
 def pad_to_regions(x: Tensor, count: int) -> Tensor:
     """A map (B, H, W, C) with zeros below and to the right, its sides multiples of ``count``."""
-    bottom, right = ceil_to(x.shape[1], count) - x.shape[1], ceil_to(x.shape[2], count) - x.shape[2]
-    if exporting() or bottom > 0 or right > 0:
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    return x
+    return pad_to(x, ceil_to(x.shape[1], count), ceil_to(x.shape[2], count))
 
 
 @register_notrace_function

@@ -1,9 +1,19 @@
-"""Checks of what a model is given, in a form that TorchScript compiles and FX keeps as one node."""
+"""What is done with images in front of a model, in a form that TorchScript compiles and FX keeps as one node."""
 
 from __future__ import annotations
 
 import torch
 from timm.models import register_notrace_function
+
+
+@register_notrace_function
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in the memory format of the maps (B, H, W, C) that a stem makes of them.
+
+    Convolutions and batch norms keep it; in the other one they are slow on GPUs, and every change of format is a copy.
+    """
+    # contiguous(memory_format=...) would leave images of one channel as they are: to it they are in both formats.
+    return x.to(memory_format=torch.channels_last)
 
 
 @register_notrace_function

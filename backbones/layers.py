@@ -166,6 +166,9 @@ class MapConv2d(nn.Conv2d):
     """Convolution of a channels-last map (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1 and self.padding == (0, 0):
+            # A projection adds the bias as it multiplies, a convolution in a pass of its own.
+            return F.linear(x, self.weight.flatten(1), self.bias)
         # It sees the same memory as a channels-last (B, C, H, W), and mostly answers in that format.
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
 
@@ -318,6 +321,17 @@ def crop_to(x: Tensor, height: int, width: int) -> Tensor:
     return crop(x, [height, width])
 
 
+@register_notrace_function
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Zeros below and on the right of x, (B, H, W, C); x itself if it has that size, where ``F.pad`` would copy it."""
+    always = False
+    if not torch.jit.is_scripting():  # a compiler is not to compare sizes
+        always = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if always or x.shape[1] != height or x.shape[2] != width:
+        x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    return x
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W), zeros added to whole patches, to (B, ceil(H / p), ceil(W / p), dim), then a norm.
 
@@ -336,13 +350,12 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd)
+        self.proj = MapConv2d(in_chans, dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd)
         self.norm = nn.Identity() if norm is None else norm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = ceil_to(x.shape[2], self.patch_size), ceil_to(x.shape[3], self.patch_size)
-        x = self.proj(F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])))
-        return self.norm(x.permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_to(x.permute(0, 2, 3, 1), height, width)))
 
 
 def in_turn(blocks: Sequence[Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
@@ -413,6 +426,6 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        x = F.pad(x, (0, 0, 0, 2 * width - x.shape[2], 0, 2 * height - x.shape[1]))
+        x = pad_to(x, 2 * height, 2 * width)
         x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import weights
 from subquad.backbones.base import Pyramid, StageSpec
-from subquad.backbones.layers import DepthwiseConv, attend, check_heads, rotary_by_width
+from subquad.backbones.layers import DepthwiseConv, MapConv2d, attend, check_heads, pad_to, rotary_by_width
 from subquad.backbones.norms import LayerNorm, StreamNorm
 from subquad.backbones.registry import default_cfg, register_variants
 
@@ -84,7 +84,7 @@ class MLLABlock(nn.Module):
 
 
 class ConvLayer(nn.Module):
-    """Convolution, batch norm if asked for, ReLU unless not; on (B, C, H, W)."""
+    """Convolution, batch norm if asked for, ReLU unless not; on maps (B, H, W, C)."""
 
     def __init__(
         self,
@@ -102,14 +102,14 @@ class ConvLayer(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(
+        self.conv = MapConv2d(
             in_dim, dim, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=bias, **dd
         )
         self.norm = nn.BatchNorm2d(dim, **dd) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return self.act(self.norm(self.conv(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class Stem(nn.Module):
@@ -127,9 +127,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (x.shape[2] + 3) // 4 * 4, (x.shape[3] + 3) // 4 * 4
-        x = self.conv1(F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])))
+        x = self.conv1(pad_to(x.permute(0, 2, 3, 1), height, width))
         x = x + self.conv2(x)
-        return self.conv3(x).permute(0, 2, 3, 1)
+        return self.conv3(x)
 
 
 class Downsample(nn.Module):
@@ -145,8 +145,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # An odd map is padded before the expansion, so that its last row or column becomes the ReLU of a bias.
         height, width = (x.shape[1] + 1) // 2 * 2, (x.shape[2] + 1) // 2 * 2
-        x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-        return self.reduce(self.conv(self.expand(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        return self.reduce(self.conv(self.expand(pad_to(x, height, width))))
 
 
 class MLLA(Pyramid):

@@ -11,7 +11,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
-from subquad.backbones.layers import crop_to
+from subquad.backbones.layers import crop_to, pad_to
 from subquad.backbones.mixers import check_mixer, projections
 
 
@@ -19,7 +19,7 @@ from subquad.backbones.mixers import check_mixer, projections
 def to_windows(x: Tensor, side: int) -> Tensor:
     """Maps (B, H, W, C), zeros added at the right and at the bottom, to windows (B * windows, side * side, C)."""
     rows, columns = (x.shape[1] + side - 1) // side, (x.shape[2] + side - 1) // side
-    x = F.pad(x, (0, 0, 0, columns * side - x.shape[2], 0, rows * side - x.shape[1]))
+    x = pad_to(x, rows * side, columns * side)
     x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)  # (B, rows, columns, i, j, C)
     return x.flatten(3, 4).flatten(0, 2)
 

@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory
 from subquad.backbones.hosts.blocks import Block, SoftmaxAttention
-from subquad.backbones.layers import DepthwiseConv, crop_to
+from subquad.backbones.layers import DepthwiseConv, crop_to, pad_to
 from subquad.backbones.mixers import InjectiveAttention
 
 
@@ -22,9 +21,9 @@ def to_stripes(x: Tensor, stripe: int, vertical: bool) -> Tensor:
     size = x.shape[2] if vertical else x.shape[1]
     count = (size + stripe - 1) // stripe
     if vertical:
-        x = F.pad(x, (0, 0, 0, count * stripe - size)).unflatten(2, (count, stripe)).transpose(1, 2)
+        x = pad_to(x, x.shape[1], count * stripe).unflatten(2, (count, stripe)).transpose(1, 2)
     else:
-        x = F.pad(x, (0, 0, 0, 0, 0, count * stripe - size)).unflatten(1, (count, stripe))
+        x = pad_to(x, count * stripe, x.shape[2]).unflatten(1, (count, stripe))
     return x.flatten(0, 1)
 
 
