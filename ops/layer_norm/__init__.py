@@ -147,8 +147,9 @@ def _prepare(
         if bias is not None:
             _checks.check_shape(op, "bias", bias, "(C,)", x.shape[-1:])
         _passed.add(key)
-    call = NormCall(x, branch, weight, bias, eps, torch.float32)
-    return call._replace(dtype=call.total_dtype if dtype is None else dtype)
+    if dtype is None:
+        dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    return NormCall(x, branch, weight, bias, eps, dtype)
 
 
 # The operators ---------------------------------------------------------------------------------------------------
