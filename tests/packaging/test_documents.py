@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import timm
 
 import subquad
@@ -66,6 +67,8 @@ def test_readme_python_runs(number: int, tmp_path: Path, monkeypatch: pytest.Mon
     if "openmmlab" in block:
         pytest.importorskip("mmdet", reason='needs mmdet: pip install "subquad[mm]"')
         monkeypatch.chdir(tmp_path)
+    if ".cuda()" in block and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; tests/backbones/test_graphs.py has the same for tiny models")
     for words, stand_in in FETCHED.items():
         block = block.replace(words, stand_in)
     exec(block, {})
