@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import timm
+import torch
 
 import subquad
 from subquad import cli
