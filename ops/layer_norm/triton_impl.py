@@ -30,6 +30,9 @@ from subquad.ops.layer_norm.call import GradCall, Gradients, NormCall
 _TILE = 512
 """Numbers a warp holds of a block of rows: 16 a thread, of up to six tensors in the backward pass."""
 
+_WIDEST_STAGE = 1024
+"""Most channels that are compiled for ahead of their first use."""
+
 _WAVES = 4
 """Programs of the backward pass for each multiprocessor."""
 
@@ -100,13 +103,33 @@ def _make_plan(x: Tensor, entering: Tensor | None, branch: Tensor | None, bias: 
 
 
 def _compile_ahead(call: NormCall) -> None:
-    """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients."""
+    """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients.
+
+    Then those for twice, four and eight times the channels, which the next stages of most models have: a norm is the
+    first thing in a block, and each stage would wait for its kernels alone.
+    """
     meta = _triton.on_meta(call)
     with _compile.compiling_ahead(call.x.device):
-        total, y = forward(meta)
-        if call.x.requires_grad or call.weight.requires_grad:
-            added, branch_dtype = (None, None) if call.branch is None else (total, call.branch.dtype)
-            backward(GradCall(y, added, total, meta.weight, meta.bias, call.eps, call.x.dtype, branch_dtype))
+        _run_both(meta, call)
+    with _compile.compiling_ahead(call.x.device, urgent=False):
+        for factor in (2, 4, 8):
+            if meta.x.shape[-1] * factor <= _WIDEST_STAGE:
+                _run_both(NormCall._make(_widen(value, factor) for value in meta), call)
+
+
+def _widen(value: Any, factor: int) -> Any:
+    """A meta tensor with more channels; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.new_empty((*value.shape[:-1], value.shape[-1] * factor))
+
+
+def _run_both(meta: NormCall, call: NormCall) -> None:
+    """Both passes of a call of meta tensors, the second one if ``call`` has gradients."""
+    total, y = forward(meta)
+    if call.x.requires_grad or call.weight.requires_grad:
+        entering, branch_dtype = (None, None) if meta.branch is None else (total, meta.branch.dtype)
+        backward(GradCall(y, entering, total, meta.weight, meta.bias, meta.eps, meta.x.dtype, branch_dtype))
 
 
 def forward(call: NormCall) -> tuple[Tensor, Tensor]:
