@@ -1,4 +1,4 @@
-"""Layer norms of pre-norm residual blocks, in eager mode by ``subquad.ops.layer_norm``."""
+"""Layer norms of pre-norm residual blocks: large maps on a GPU by ``subquad.ops.layer_norm``, others by PyTorch."""
 
 # Annotations are not postponed here: TorchScript reads those of the functions and methods.
 
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 
 from subquad.ops import add_layer_norm, layer_norm
 
+_WORTH_A_KERNEL = 2**22
+"""Numbers from which on an op of ours saves more of the GPU's time than it takes of the host's: see the notes."""
+
 
 @register_notrace_function
 def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, result: str) -> Tensor:
     """What ``LayerNorm`` computes: in eager mode, in TorchScript and as a leaf of torch.fx."""
     if torch.jit.is_scripting():
         y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
-    elif _is_traced():
-        y = _plain_norm(x, weight, bias, eps, result)
-    else:
+    elif _by_op(x):
         y = layer_norm(x, weight, bias, eps=eps, dtype=_wanted(x, result))
+    else:
+        y = _plain_norm(x, weight, bias, eps, result)
     return y
 
 
@@ -31,17 +34,19 @@ def add_and_normalize(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, e
     if torch.jit.is_scripting():
         total = x + branch
         y = F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps)
-    elif _is_traced():
+    elif _by_op(x):
+        total, y = add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_wanted(x, "projection"))
+    else:
         total = x + branch
         y = _plain_norm(total, weight, bias, eps, "projection")
-    else:
-        total, y = add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_wanted(x, "projection"))
     return total, y
 
 
-def _is_traced() -> bool:
-    """Whether PyTorch's own operators are better than one of ours: compilers fuse these, exports know them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _by_op(x: Tensor) -> bool:
+    """Whether an op of ours is better than PyTorch's operators, which compilers fuse and exports know."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return x.device.type != "cpu" and x.numel() >= _WORTH_A_KERNEL
 
 
 def _wanted(x: Tensor, result: str) -> torch.dtype | None:
@@ -60,15 +65,26 @@ def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, result: str
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    dtype = _wanted(x, result)
+    dtype = _wanted(x, result) or x.dtype
+    if torch.compiler.is_compiling():
+        with torch.autocast(kind, enabled=False):
+            return _wide_norm(x, weight, bias, eps, dtype)
+    torch.set_autocast_enabled(kind, False)  # the context manager takes as long as the norm
+    try:
+        return _wide_norm(x, weight, bias, eps, dtype)
+    finally:
+        torch.set_autocast_enabled(kind, True)
+
+
+def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(kind, enabled=False):
-        y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-        return y.to(x.dtype if dtype is None else dtype)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of the last axis by ``subquad.ops.layer_norm``, in the dtype that its reader wants.
+    """LayerNorm of the last axis in the dtype that its reader wants.
+
+    By ``subquad.ops.layer_norm`` where that is faster.
 
     Args:
         dim: channels.
@@ -89,9 +105,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """The sum in a residual block and LayerNorm for the projection behind it, by ``subquad.ops.add_layer_norm``.
+    """The sum in a residual block and LayerNorm for the projection behind it.
 
-    Maps x and its branch to x + branch and its norm, in autocast's dtype under autocast.
+    By ``subquad.ops.add_layer_norm`` where that is faster. Maps x and its branch to x + branch and its norm, in
+    autocast's dtype under autocast.
     """
 
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

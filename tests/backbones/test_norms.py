@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.backbones import norms
 from subquad.backbones.norms import AddLayerNorm, LayerNorm
 
 DTYPES = {"projection": torch.bfloat16, "stream": torch.float32, "input": torch.float32}
+
+
+@pytest.fixture(params=["op", "pytorch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of an eager call, whatever the size and the device."""
+    if request.param == "op":
+        traced = torch.compiler.is_compiling, torch.jit.is_tracing
+        monkeypatch.setattr(norms, "_by_op", lambda x: not any(ask() for ask in traced))
+    return str(request.param)
 
 
 def random(module: nn.Module) -> Any:
@@ -117,6 +127,13 @@ def test_exports_have_pytorchs_norm() -> None:
     program = torch.export.export(Block(), (x,))
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("layer_norm" in target for target in targets) == 2 and not any("subquad" in t for t in targets)
+
+
+def test_what_runs_on_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large maps on a GPU: below, and on a CPU, the op takes more of the host's time than it saves."""
+    monkeypatch.undo()
+    large, small = (torch.empty(size, device="meta") for size in (2**22, 2**22 - 1))
+    assert norms._by_op(large) and not norms._by_op(small) and not norms._by_op(torch.empty(2**22))
 
 
 def test_keys_are_those_of_pytorchs_norm() -> None:

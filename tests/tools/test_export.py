@@ -129,6 +129,13 @@ def test_torch_program_of_features(exported: Callable[..., Path], checkpoints: C
         pytest.param("test_nat", True, marks=pytest.mark.slow),
         pytest.param("test_nat_isotropic", False, marks=pytest.mark.slow),
         pytest.param("test_biformer", True, marks=pytest.mark.slow),
+        pytest.param("test_ravlt", False, marks=pytest.mark.slow),
+        pytest.param("test_mavit", True, marks=pytest.mark.slow),
+        pytest.param("test_nalaformer", False, marks=pytest.mark.slow),
+        pytest.param("test_flatten_swin", True, marks=pytest.mark.slow),
+        pytest.param("test_inline_pvt", False, marks=pytest.mark.slow),
+        pytest.param("test_slab_pvt", False, marks=pytest.mark.slow),
+        pytest.param("test_slab_cswin", True, marks=pytest.mark.slow),
     ],
 )
 def test_onnx_at_sizes_that_were_not_traced(
