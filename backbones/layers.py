@@ -15,7 +15,7 @@ from subquad.backbones.base import Factory, resample_position
 from subquad.backbones.images import check_map_size
 from subquad.backbones.norms import LayerNorm, StreamNorm
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
-from subquad.ops.maps import Kept, crop
+from subquad.ops.maps import Kept, crop, is_compiling
 from subquad.ops.selective_scan import ROUTES
 
 
@@ -324,10 +324,7 @@ def crop_to(x: Tensor, height: int, width: int) -> Tensor:
 @register_notrace_function
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     """Zeros below and on the right of x, (B, H, W, C); x itself if it has that size, where ``F.pad`` would copy it."""
-    always = False
-    if not torch.jit.is_scripting():  # a compiler is not to compare sizes
-        always = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if always or x.shape[1] != height or x.shape[2] != width:
+    if is_compiling() or x.shape[1] != height or x.shape[2] != width:
         x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x
 

@@ -11,6 +11,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from subquad.ops import add_layer_norm, layer_norm
+from subquad.ops.maps import is_compiling
 
 _WORTH_A_KERNEL = 3 * 2**20
 """Numbers from which on an op of ours saves more of the GPU's time than it takes of the host's: see the notes."""
@@ -44,41 +45,44 @@ def add_and_normalize(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, e
 
 def _by_op(x: Tensor) -> bool:
     """Whether an op of ours is better than PyTorch's operators, which compilers fuse and exports know."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return x.device.type != "cpu" and x.numel() >= _WORTH_A_KERNEL
+    return not is_compiling() and x.device.type != "cpu" and x.numel() >= _WORTH_A_KERNEL
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype for activations like x, or None without autocast."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _wanted(x: Tensor, result: str) -> torch.dtype | None:
-    """Dtype of the result under autocast; None for that of the input."""
-    kind = x.device.type
-    if result == "input" or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if result == "projection" else torch.float32
+    """Dtype of the op's result on a GPU; None for that of its input."""
+    autocast = None if result == "input" else _autocast(x)
+    return autocast if autocast is None or result == "projection" else torch.float32
 
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, result: str) -> Tensor:
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    autocast = _autocast(x)
+    if autocast is None or result == "input":
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    dtype = _wanted(x, result) or x.dtype
+        return F.layer_norm(x, weight.shape, weight, bias, eps) if autocast is None else _as_is(x, weight, bias, eps)
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)  # in float32, or on a CPU as it comes
+    return y.to(autocast) if result == "projection" else y
+
+
+def _as_is(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The norm without autocast, which would make it a float32 one."""
+    kind = x.device.type
     if torch.compiler.is_compiling():
         with torch.autocast(kind, enabled=False):
-            return _wide_norm(x, weight, bias, eps, dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
     torch.set_autocast_enabled(kind, False)  # the context manager takes as long as the norm
     try:
-        return _wide_norm(x, weight, bias, eps, dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     finally:
         torch.set_autocast_enabled(kind, True)
-
-
-def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -89,16 +93,24 @@ class LayerNorm(nn.LayerNorm):
     Args:
         dim: channels.
         result: dtype of the result under autocast: ``"projection"``, autocast's own, for the projection that follows
-            would round to it anyway; ``"stream"``, float32, as PyTorch's norm, for what sums are taken of; or
-            ``"input"``, that of the input, for a norm between an op and a projection. Without autocast all are the
-            last. Statistics are in float32 in any case.
+            would round to it anyway; ``"stream"``, that of PyTorch's norm (float32 on a GPU, on a CPU the input's), for
+            what sums are taken of; or ``"input"``, that of the input, for a norm between an op and a projection.
+            Without autocast all are the last. Statistics are in float32 in any case.
+
+    Raises:
+        ValueError: for another ``result``.
     """
 
     def __init__(
         self, dim: int, eps: float = 1e-5, *, result: str = "projection", device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
+        if result not in ("projection", "stream", "input"):
+            raise ValueError(f"result must be 'projection', 'stream' or 'input', got {result!r}")
         self.result = result
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, result={self.result!r}"
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(x, self.weight, self.bias, self.eps, self.result)
@@ -110,6 +122,9 @@ class AddLayerNorm(nn.LayerNorm):
     By ``subquad.ops.add_layer_norm`` where that is faster. Maps x and its branch to x + branch and its norm, in
     autocast's dtype under autocast.
     """
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return add_and_normalize(x, branch, self.weight, self.bias, self.eps)

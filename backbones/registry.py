@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
+from urllib.error import URLError
 
 import timm
 from timm.models import build_model_with_cfg, register_model
@@ -41,8 +42,15 @@ def check_any_model(name: str, pretrained: bool = False) -> None:
         raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     if pretrained and not timm.models.is_model_pretrained(name):
         raise ValueError(
-            f"{name!r} has no released weights; start from scratch or from a checkpoint, or name another model"
+            f"{name!r} has no released weights that can be fetched by an address; start from scratch or from a "
+            f"checkpoint, or name another model{_where_weights_are(name)}"
         )
+
+
+def _where_weights_are(name: str) -> str:
+    """What the model's notes say of files to convert, as the end of a message."""
+    notes = getattr(timm.models.get_pretrained_cfg(name), "notes", None) or ()
+    return "".join(f". {note}" for note in notes if "subquad convert" in note)
 
 
 def default_cfg(
@@ -104,13 +112,20 @@ def _entry_point(
     out_indices: tuple[int, ...],
 ) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
-            model,
-            name,
-            pretrained,
-            pretrained_filter_fn=filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
-            **{**options, **kwargs},
-        )
+        try:
+            return build_model_with_cfg(
+                model,
+                name,
+                pretrained,
+                pretrained_filter_fn=filter_fn,
+                feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
+                **{**options, **kwargs},
+            )
+        except URLError as error:
+            url = getattr(timm.models.get_pretrained_cfg(name), "url", None)
+            raise ConnectionError(
+                f"cannot fetch the weights of {name!r} from {url}: {error}; "
+                "without a network give the file as a checkpoint"
+            ) from error
 
     return entry

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -147,7 +148,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"explain: unknown op {name!r}, expected one of {sorted(_ops)}")
-    return _judge(name, _ops[name].prepare(*args, **kwargs))
+    try:
+        call = _ops[name].prepare(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(re.sub(r"^prepare\w*\(\)", f"{name}()", str(error))) from None
+    return _judge(name, call)
 
 
 def _judge(op: str, call: Any) -> Explanation:

@@ -180,7 +180,10 @@ def tuned(
     The search runs once for a GPU and a ``call``, anything whose text tells calls apart. What it finds is kept in
     ``autotune.json`` in the folder that ``SUBQUAD_CACHE`` names (``~/.cache/subquad`` by default).
     """
-    if os.environ.get("SUBQUAD_AUTOTUNE") != "1" or x.device.type != "cuda":
+    asked = os.environ.get("SUBQUAD_AUTOTUNE", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"SUBQUAD_AUTOTUNE: expected 0 or 1, got {asked!r}")
+    if asked != "1" or x.device.type != "cuda":
         return default
     import triton
 

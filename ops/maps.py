@@ -21,7 +21,8 @@ def exporting() -> bool:
     return found
 
 
-def _is_compiling() -> bool:
+def is_compiling() -> bool:
+    """Whether a compiler, an export or ``torch.jit.trace`` is at work, which would keep what depends on sizes."""
     found = False
     if not torch.jit.is_scripting():
         found = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -66,7 +67,7 @@ def crop(x: Tensor, size: list[int]) -> Tensor:
     """The first positions of maps (B, *S, ...) along each of the axes S, as many as ``size`` says."""
     by_index = exporting()
     # A slice of the whole is free, its gradient is a copy; a compiler is not to compare sizes.
-    always = by_index or _is_compiling()
+    always = by_index or is_compiling()
     for axis, length in enumerate(size, 1):
         if not always and x.shape[axis] == length:
             continue

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from subquad.backbones import weights
-from subquad.backbones.registry import check_model
+from subquad.backbones.registry import check_any_model, check_model
 from subquad.ops.depthwise_conv import export_form as depthwise_conv_form
 from subquad.ops.gated_linear_attention import export_form as gated_linear_attention_form
 from subquad.ops.layer_norm import export_form as layer_norm_form
@@ -75,7 +75,7 @@ class Options:
     """Write a model as a torch.export program, ONNX, safetensors or a folder that timm loads."""
 
     model: str
-    """Name of a model, such as vmamba_tiny."""
+    """Name of a model of this library, such as vmamba_tiny."""
 
     format: Literal["torch", "onnx", "safetensors", "hf"]
     """What to write."""
@@ -154,8 +154,8 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"opset must be from {_OPSETS[0]} to {_OPSETS[1]}, got {options.opset}")
     if options.pretrained and options.checkpoint is not None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where the weights come from")
-    if options.pretrained and not timm.models.is_model_pretrained(options.model):
-        raise ValueError(f"{options.model!r} has no released weights; give a checkpoint or name another model")
+    if options.pretrained:
+        check_any_model(options.model, pretrained=True)
     if options.num_classes is not None and options.num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {options.num_classes}")
     if options.in_chans is not None and options.in_chans < 1:

@@ -36,7 +36,7 @@ class Options:
     config: Positional[str]
     """A file, or the name of a config that comes with subquad: mmdet/vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco.py."""
     work_dir: Path | None = None
-    """Folder for logs and checkpoints. Default: work_dirs/NAME_OF_THE_CONFIG."""
+    """Folder for logs and checkpoints. Default: work_dirs/NAME_OF_THE_CONFIG, with -smoke behind it for a smoke run."""
     resume: bool = False
     """Go on from the newest checkpoint in the work_dir."""
     load_from: str | None = None
@@ -123,7 +123,9 @@ def load(options: Options) -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
     cfg.merge_from_dict(parser.parse_args(["--cfg-options", *options.cfg_options]).cfg_options)
-    cfg.work_dir = str(options.work_dir or cfg.get("work_dir") or Path("work_dirs") / path.stem)
+    # What a smoke run leaves is not to be resumed by a real one.
+    name = f"{path.stem}-smoke" if options.smoke else path.stem
+    cfg.work_dir = str(options.work_dir or cfg.get("work_dir") or Path("work_dirs") / name)
     cfg.launcher = options.launcher
     cfg.resume = options.resume or cfg.get("resume", False)
     weights = options.test or options.load_from

@@ -53,6 +53,8 @@ def run(options: Options) -> str:
         ValueError: for a pattern that no model matches, or a file without the two marker lines.
         FileNotFoundError: for a file that is not there.
     """
+    if options.write is not None and not options.write.is_file():
+        raise FileNotFoundError(f"no file {str(options.write)!r} with a table to replace between two marker lines")
     found = table(_select(options.models))
     if options.write is None:
         print(found)

@@ -32,7 +32,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
     if model.training:
         raise ValueError("norms can only be folded in eval mode, got a model in training mode")
     if not any(isinstance(module, RepNorm) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no batch norms to fold, build it with norm='repbn' or 'prepbn'")
+        raise ValueError(
+            f"{type(model).__name__} has no batch norms to fold, expected one of the models slab_* and prepbn_*"
+        )
     for module in list(model.modules()):
         if isinstance(module, PatchEmbed | OverlapPatchEmbed):
             _fold_backwards(module, module.proj)

@@ -13,7 +13,8 @@ Source: arXiv 1607.06450, equation 3 and 4.
 x and branch are float32, bfloat16, float16 or float64, and total is in the dtype that PyTorch's sum has; weight and
 bias have dtypes of their own. Statistics and products are float32 (float64 for a total of float64), y is rounded once,
 to ``dtype``. Between a float32 sum and a projection under autocast that is the projection's 16-bit dtype, which
-PyTorch's norm leaves for a cast of its own. Autocast itself changes nothing here. All tensors are differentiable. For
+PyTorch's norm leaves for a cast of its own. Autocast itself changes nothing here. All tensors are differentiable, once
+and backwards. For
 the backward pass the op keeps total (x, without a branch) and no statistics: a row is read whole and has them again.
 """
 
@@ -275,6 +276,8 @@ def _why_not_triton(call: NormCall) -> str | None:
         return "float64 runs in PyTorch"
     if call.x.numel() == 0:
         return "empty batch"
+    if call.x.numel() >= 2**31 * call.x.shape[-1]:
+        return "2^31 rows or more, the kernels count fewer"
     if call.x.shape[-1] > _WIDEST:
         return f"{call.x.shape[-1]} channels, our kernels have registers for up to {_WIDEST}"
     return None

@@ -33,8 +33,11 @@ def patch(model: _Model) -> _Model:
         The model itself.
 
     Raises:
+        TypeError: for what is no module.
         ValueError: if no module of the model is served, or one drops attention weights in training.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: expected a model, got {model!r}")
     found = [(module, rule) for module in model.modules() if (rule := _rule(module)) is not None]
     if not found:
         raise ValueError(

@@ -57,6 +57,14 @@ def test_maps_are_channels_last(name: str, in_chans: int, autocast: bool) -> Non
     assert not formats.wrong, "\n".join(formats.wrong)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_so_they_are_on_the_way_to_a_detector(name: str) -> None:
+    model = timm.create_model(name).train()
+    with Formats() as formats:
+        model.forward_intermediates(torch.randn(2, 3, 66, 98), intermediates_only=True)
+    assert "convolution" in formats.seen and not formats.wrong, "\n".join(formats.wrong)
+
+
 def test_padding_copies_only_what_it_pads() -> None:
     x = torch.randn(2, 3, 5, 4)
     assert pad_to(x, 3, 5) is x

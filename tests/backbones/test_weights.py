@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.registry import model_names
+from subquad.backbones.registry import check_any_model, model_names
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -498,3 +499,16 @@ def test_official_files_go_through_our_reader() -> None:
     with_address = {name: cfg for name, cfg in cfgs.items() if cfg.url}
     assert "vmamba_tiny" in with_address
     assert [name for name, cfg in with_address.items() if not cfg.custom_load] == []
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the model and the address are named; weights in a folder of their authors are pointed to."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise URLError("no network")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
+    with pytest.raises(ConnectionError, match=r"weights of 'vmamba_tiny' from https://github.com/.*no network"):
+        timm.create_model("vmamba_tiny", pretrained=True)
+    with pytest.raises(ValueError, match=r"'mavit_tiny' has no released weights.*huggingface.co/.*`subquad convert`"):
+        check_any_model("mavit_tiny", pretrained=True)

@@ -51,6 +51,12 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return call
 
 
+def test_refuses_what_is_no_switch(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBQUAD_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="SUBQUAD_AUTOTUNE: expected 0 or 1, got 'yes'"):
+        search()
+
+
 def test_off_by_default(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBQUAD_AUTOTUNE", raising=False)
     assert search() == (DEFAULT, [])

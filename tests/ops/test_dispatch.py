@@ -133,6 +133,11 @@ def test_explain_refuses_what_the_op_refuses(make_inputs: Any) -> None:
         ops.explain(selective_scan, **(arguments | {"A": arguments["A"][:1]}))
 
 
+def test_explain_names_the_op_where_arguments_are_missing() -> None:
+    with pytest.raises(TypeError, match=r"selective_scan\(\) missing 5 required positional arguments: 'x', 'dt'"):
+        ops.explain(ops.selective_scan)
+
+
 @pytest.mark.parametrize("op", ["scan", torch.matmul, 3])
 def test_explain_refuses_an_unknown_op(op: Any) -> None:
     with pytest.raises(ValueError, match="explain: unknown op"):

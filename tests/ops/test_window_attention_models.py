@@ -254,6 +254,8 @@ def test_autocast_gives_what_timm_gives() -> None:
 
 
 def test_bad_models() -> None:
+    with pytest.raises(TypeError, match="patch: expected a model, got 'swin'"):
+        patch("swin")  # type: ignore[type-var]
     with pytest.raises(ValueError, match="patch: found no windowed attention in ResNet"):
         patch(timm.create_model("resnet10t"))
     block = patch(GlobalContextVitBlock(8, feat_size=(8, 8), num_heads=2, window_size=(4, 2), use_global=False))

@@ -312,14 +312,15 @@ def test_the_process_goes_on_after_a_failed_capture() -> None:
 
 
 class _Inexact(nn.Module):
-    """Logits with a relative error in float32 that depends on the path; that of the gradients is twice as large."""
+    """Gradients, or with ``logits`` the logits, with a relative error in float32 that depends on the path."""
 
     num_classes = 5
     path = "triton"
 
-    def __init__(self, errors: dict[str, float]) -> None:
+    def __init__(self, errors: dict[str, float], logits: bool) -> None:
         super().__init__()
         self.head = nn.Linear(3 * 8 * 8, 5)
+        self.logits = logits
         self.errors = errors
         self.calls: list[str] = []
 
@@ -328,11 +329,11 @@ class _Inexact(nn.Module):
         if logits.dtype == torch.float64:
             return logits
         self.calls.append(_Inexact.path)
-        return logits * (1 + self.errors[_Inexact.path])
+        return logits + self.errors[_Inexact.path] * (logits if self.logits else logits - logits.detach())
 
 
 def _gate_inexact(
-    monkeypatch: pytest.MonkeyPatch, triton: float, plain: float
+    monkeypatch: pytest.MonkeyPatch, triton: float, plain: float, logits: bool = False
 ) -> tuple[str | None, report.Row, _Inexact]:
     @contextmanager
     def use_backend(name: str) -> Iterator[None]:
@@ -341,7 +342,7 @@ def _gate_inexact(
             yield
 
     monkeypatch.setattr(models, "use_backend", use_backend)
-    model = _Inexact({"triton": triton / 2, "torch": plain / 2})
+    model = _Inexact({"triton": triton, "torch": plain}, logits)
     job = models.Job(systems.ours("test_vmamba"), 8, 2, "eager", False)
     row: report.Row = {"dtype": "float32"}
     return models._gate(model, job, _graphs_setting(dtype=torch.float32), row), row, model
@@ -351,7 +352,7 @@ def test_the_noise_of_plain_pytorch_raises_the_limit(monkeypatch: pytest.MonkeyP
     wrong, row, _ = _gate_inexact(monkeypatch, 5e-4, 3e-4)
     assert wrong is None
     assert row["error"] == pytest.approx(5e-4, rel=1e-2) and row["error_floor"] == pytest.approx(3e-4, rel=1e-2)
-    assert row["amp_error"] == pytest.approx(2.5e-4, rel=1e-2)
+    assert row["amp_error"] < 1e-5  # logits are exact
 
 
 @pytest.mark.parametrize("plain", [1e-6, 1.5e-4])
@@ -362,6 +363,13 @@ def test_an_error_far_above_the_noise_is_wrong(monkeypatch: pytest.MonkeyPatch, 
     assert row["error"] == pytest.approx(5e-4, rel=1e-2)
     assert row["error_floor"] == pytest.approx(plain, rel=0.3)  # beside the rounding of float32 itself
     assert "amp_error" not in row
+
+
+def test_noise_excuses_neither_large_errors_nor_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, _, _ = _gate_inexact(monkeypatch, 2e-2, 1.5e-2)
+    assert wrong is not None and "limit 0.01 " in wrong
+    wrong, _, _ = _gate_inexact(monkeypatch, 5e-4, 3e-4, logits=True)
+    assert wrong is not None and "of logits" in wrong and wrong.endswith("limit 0.0001")
 
 
 def test_a_floor_of_the_same_computation_excuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

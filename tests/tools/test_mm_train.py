@@ -208,6 +208,7 @@ def test_options_change_the_config(tmp_path: Path) -> None:
     assert cfg.train_dataloader.batch_size == 7
     assert [hook["type"] for hook in cfg.custom_hooks] == ["EMAHook", "SubquadChecks"]
     assert cfg.resume and cfg.work_dir == "work_dirs/mask-rcnn"
+    assert mm_train.load(Options(str(config), smoke=True)).work_dir == "work_dirs/mask-rcnn-smoke"
     assert not cfg.model.backbone.pretrained and mm_train.load(Options(str(config))).model.backbone.pretrained
     cfg = mm_train.load(Options(str(config), amp="bf16", strategy="fsdp", load_from="w.pth"))
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype, cfg.load_from) == ("AmpOptimWrapper", "bfloat16", "w.pth")
