@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -164,3 +165,20 @@ def test_what_runs_on_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_are_those_of_pytorchs_norm() -> None:
     for norm in (LayerNorm(12), AddLayerNorm(12)):
         assert isinstance(norm, nn.LayerNorm) and norm.state_dict().keys() == nn.LayerNorm(12).state_dict().keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["test_vmamba", "test_msvmamba", "test_nat", "test_vig_h"])
+def test_both_ways_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of sums stays float32 under autocast, as with PyTorch's norm, and so do its values."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).cuda().eval(), torch.randn(2, 3, 96, 96, device="cuda")
+    ways = []
+    for least in (0, 2**40):
+        monkeypatch.setattr(norms, "_WORTH_A_KERNEL", least)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            ways.append(model.forward_intermediates(x, intermediates_only=True))
+    for ours, theirs in zip(*ways, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()  # rounding of bfloat16 between the norms
