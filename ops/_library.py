@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("subquad", "FRAGMENT")
@@ -70,6 +71,10 @@ class Operator:
             return self._op(*args)
 
     def _autograd(self, *args: Any) -> Any:
+        tensors = [tensor for tensor in args[: self._tensors] if tensor is not None]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            # PyTorch would take the result for a constant.
+            raise NotImplementedError(f"subquad::{self._name} has no derivative in forward mode, only backwards")
         if torch.is_grad_enabled() and self._needs_gradient(args):
             return _Formula.apply(self, self._below, *args)
         return self._below(*args)
@@ -109,10 +114,13 @@ _UNUSUAL_THREAD = ~_raw("BackendSelect", "ADInplaceOrView")
 def is_traced(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call goes through PyTorch's dispatcher for anybody but autograd and autocast.
 
-    That is a mode (FLOP counts, fake tensors, tracing, a default device), a transform of ``torch.func``, or a tensor
-    that is not plain: of a subclass, without data, or lazily negated. Every hop of the dispatcher takes as long as a
-    small kernel. Profilers, which look on, and compilers, which replace Python, are not meant.
+    That is a mode (FLOP counts, fake tensors, tracing, a default device, derivatives in forward mode), a transform of
+    ``torch.func``, or a tensor that is not plain: of a subclass, without data, or lazily negated. Every hop of the
+    dispatcher takes as long as a small kernel. Profilers, which look on, and compilers, which replace Python, are not
+    meant.
     """
+    if forward_ad._current_level >= 0:
+        return True
     include = torch._C._dispatch_tls_local_include_set().raw_repr()
     if include & _UNUSUAL_THREAD or torch.overrides.has_torch_function(tensors):
         return True

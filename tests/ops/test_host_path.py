@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -197,6 +198,20 @@ def test_transforms_of_torch_func_are_refused(name: str) -> None:
     function, make = CASES[name]
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda *tensors: function(*tensors).sum())(*make())
+
+
+@every_op
+def test_forward_mode_is_refused(name: str) -> None:
+    """PyTorch would take the results for constants."""
+    function, make = CASES[name]
+    tensors = make()
+    with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+        torch.func.jvp(function, tensors, tuple(torch.ones_like(tensor) for tensor in tensors))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, torch.ones_like(tensor)) for tensor in tensors]
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            function(*duals)
+        assert torch.equal(function(*tensors), function(*make()))
 
 
 @every_op
