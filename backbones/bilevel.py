@@ -193,9 +193,8 @@ class BiLevelRoutingAttention(nn.Module):
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
         q, k = self.router(q), self.router(k)
-        scores = ((q * self.scale).unsqueeze(2) * k.unsqueeze(1)).sum(
-            -1
-        )  # no product that autocast would round, nor the router's
+        # No product that autocast would round, nor is the router one.
+        scores = ((q * self.scale).unsqueeze(2) * k.unsqueeze(1)).sum(-1)
         best, regions = scores.topk(self.topk, dim=-1)
         return regions.unsqueeze(1), best.softmax(-1).unsqueeze(1)
 

@@ -64,12 +64,12 @@ def _wanted(x: Tensor, result: str) -> torch.dtype | None:
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, result: str) -> Tensor:
     autocast = _autocast(x)
-    if autocast is None or result == "input":
-        if weight.dtype != x.dtype:
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, eps) if autocast is None else _as_is(x, weight, bias, eps)
-    y = F.layer_norm(x, weight.shape, weight, bias, eps)  # in float32, or on a CPU as it comes
-    return y.to(autocast) if result == "projection" else y
+    if autocast is not None and result != "input":
+        y = F.layer_norm(x, weight.shape, weight, bias, eps)  # in float32, or on a CPU as it comes
+        return y.to(autocast) if result == "projection" else y
+    if weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps) if autocast is None else _as_is(x, weight, bias, eps)
 
 
 def _as_is(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -70,6 +70,20 @@ def register(op: str, prepare: Callable[..., Any], *implementations: Implementat
     _ops[op] = _Op(prepare, implementations)
 
 
+def usual(package: str, why_not_triton: Callable[[Any], str | None]) -> tuple[Implementation, ...]:
+    """What most ops have: Triton for the calls that it serves, PyTorch for the others, and the reference.
+
+    Args:
+        package: the op's, whose modules are ``triton_impl``, ``torch_impl`` and ``reference``.
+        why_not_triton: see ``Implementation.why_not``.
+    """
+    return (
+        Implementation("triton", f"{package}.triton_impl", why_not_triton),
+        Implementation("torch", f"{package}.torch_impl"),
+        Implementation("reference", f"{package}.reference"),
+    )
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on the implementation ``name``, in all threads of the process.

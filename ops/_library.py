@@ -66,13 +66,16 @@ class Operator:
     def _needs_gradient(self, args: tuple[Any, ...]) -> bool:
         return any([tensor is not None and tensor.requires_grad for tensor in args[: self._tensors]])  # noqa: C419
 
+    def _has_tangent(self, args: tuple[Any, ...]) -> bool:
+        tensors = (tensor for tensor in args[: self._tensors] if tensor is not None)
+        return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
     def _below(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self._op(*args)
 
     def _autograd(self, *args: Any) -> Any:
-        tensors = [tensor for tensor in args[: self._tensors] if tensor is not None]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        if forward_ad._current_level >= 0 and self._has_tangent(args):
             # PyTorch would take the result for a constant.
             raise NotImplementedError(f"subquad::{self._name} has no derivative in forward mode, only backwards")
         if torch.is_grad_enabled() and self._needs_gradient(args):

@@ -128,8 +128,9 @@ def _check(op: str, x: Tensor, x_axes: str, weight: Tensor, axes: str, bias: Ten
         return
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         if value is not None or name != "bias":
-            _checks.check_dtype(op, name, _checks.check_tensor(op, name, value), _DTYPES)
-            _checks.check_device(op, name, _checks.check_tensor(op, name, value), x.device)
+            tensor = _checks.check_tensor(op, name, value)
+            _checks.check_dtype(op, name, tensor, _DTYPES)
+            _checks.check_device(op, name, tensor, x.device)
     if x.dim() != x_axes.count(",") + 1 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be {x_axes} and not empty but for its batch, got shape {tuple(x.shape)}")
     if weight.dim() != axes.count(",") + 1 or weight.shape[0] != x.shape[-1] or 0 in weight.shape:
@@ -209,10 +210,4 @@ def _why_not_triton(call: ConvCall) -> str | None:
 
 
 for _name, _prepare in ((_MAPS, prepare_map), (_SEQUENCES, prepare_sequence)):
-    _dispatch.register(
-        _name,
-        _prepare,
-        _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
-        _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
-        _dispatch.Implementation("reference", f"{__name__}.reference"),
-    )
+    _dispatch.register(_name, _prepare, *_dispatch.usual(__name__, _why_not_triton))

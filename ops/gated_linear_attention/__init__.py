@@ -197,10 +197,4 @@ def _why_not_triton(call: GatedCall) -> str | None:
     return None
 
 
-_dispatch.register(
-    _OP,
-    prepare,
-    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
-    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
-    _dispatch.Implementation("reference", f"{__name__}.reference"),
-)
+_dispatch.register(_OP, prepare, *_dispatch.usual(__name__, _why_not_triton))

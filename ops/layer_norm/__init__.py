@@ -14,8 +14,8 @@ x and branch are float32, bfloat16, float16 or float64, and total is in the dtyp
 bias have dtypes of their own. Statistics and products are float32 (float64 for a total of float64), y is rounded once,
 to ``dtype``. Between a float32 sum and a projection under autocast that is the projection's 16-bit dtype, which
 PyTorch's norm leaves for a cast of its own. Autocast itself changes nothing here. All tensors are differentiable, once
-and backwards. For
-the backward pass the op keeps total (x, without a branch) and no statistics: a row is read whole and has them again.
+and backwards. For the backward pass the op keeps total (x, without a branch) and no statistics: a row is read whole and
+has them again.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ def _prepare(
     if not _passed.has(key):
         for name, value in (("x", x), ("branch", branch), ("weight", weight), ("bias", bias)):
             if value is not None or name in ("x", "weight"):
-                _checks.check_dtype(op, name, _checks.check_tensor(op, name, value), _DTYPES)
-                _checks.check_device(op, name, _checks.check_tensor(op, name, value), x.device)
+                tensor = _checks.check_tensor(op, name, value)
+                _checks.check_dtype(op, name, tensor, _DTYPES)
+                _checks.check_device(op, name, tensor, x.device)
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"{op}: x must be (*, C) with at least one channel, got shape {tuple(x.shape)}")
         if branch is not None:
@@ -187,12 +188,11 @@ def _sum_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     call = GradCall(*args)
     total, weight, bias = call.total, call.weight, call.bias
-    empty = weight.new_empty(0)
     return (
         total.new_empty(total.shape, dtype=call.x_dtype),
-        empty if call.branch_dtype is None else total.new_empty(total.shape, dtype=call.branch_dtype),
+        weight.new_empty(0) if call.branch_dtype is None else total.new_empty(total.shape, dtype=call.branch_dtype),
         weight.new_empty(weight.shape),
-        empty.clone() if bias is None else bias.new_empty(bias.shape),
+        weight.new_empty(0) if bias is None else bias.new_empty(bias.shape),
     )
 
 
@@ -284,10 +284,4 @@ def _why_not_triton(call: NormCall) -> str | None:
 
 
 for _name, _prepare_call in ((_NORM, prepare), (_SUM, prepare_sum)):
-    _dispatch.register(
-        _name,
-        _prepare_call,
-        _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
-        _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
-        _dispatch.Implementation("reference", f"{__name__}.reference"),
-    )
+    _dispatch.register(_name, _prepare_call, *_dispatch.usual(__name__, _why_not_triton))

@@ -33,17 +33,17 @@ def layer_norm_fwd_kernel(
     rows,
     dim,
     eps,
-    ADD: tl.constexpr,
+    BRANCH: tl.constexpr,
     BIAS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """total = x + branch (with ADD) and y, for a block of rows."""
+    """total = x + branch (with BRANCH) and y, for a block of rows."""
     at, inside = _tile(tl.program_id(0), rows, dim, BM, BC, INDEX)
     channel = tl.arange(0, BC)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
+    if BRANCH:
         value += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)

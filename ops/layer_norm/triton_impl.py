@@ -86,7 +86,6 @@ def _make_plan(x: Tensor, entering: Tensor | None, branch: Tensor | None, bias: 
     height = max(1, _TILE * warps // width)
     blocks = triton.cdiv(rows, height)
     meta = {
-        "ADD": branch is not None,
         "ENTERING": entering is not None,
         "BRANCH": branch is not None,
         "BIAS": bias is not None,
@@ -108,13 +107,13 @@ def _compile_ahead(call: NormCall) -> None:
     Then those for twice, four and eight times the channels, which the next stages of most models have: a norm is the
     first thing in a block, and each stage would wait for its kernels alone.
     """
-    meta = _triton.on_meta(call)
+    meta, gradients = _triton.on_meta(call), call.x.requires_grad or call.weight.requires_grad
     with _compile.compiling_ahead(call.x.device):
-        _run_both(meta, call)
+        _run(meta, gradients)
     with _compile.compiling_ahead(call.x.device, urgent=False):
         for factor in (2, 4, 8):
             if meta.x.shape[-1] * factor <= _WIDEST_STAGE:
-                _run_both(NormCall._make(_widen(value, factor) for value in meta), call)
+                _run(NormCall._make(_widen(value, factor) for value in meta), gradients)
 
 
 def _widen(value: Any, factor: int) -> Any:
@@ -124,10 +123,10 @@ def _widen(value: Any, factor: int) -> Any:
     return value.new_empty((*value.shape[:-1], value.shape[-1] * factor))
 
 
-def _run_both(meta: NormCall, call: NormCall) -> None:
-    """Both passes of a call of meta tensors, the second one if ``call`` has gradients."""
+def _run(meta: NormCall, gradients: bool) -> None:
+    """The forward pass of a call of meta tensors, with ``gradients`` the backward pass too."""
     total, y = forward(meta)
-    if call.x.requires_grad or call.weight.requires_grad:
+    if gradients:
         entering, branch_dtype = (None, None) if meta.branch is None else (total, meta.branch.dtype)
         backward(GradCall(y, entering, total, meta.weight, meta.bias, meta.eps, meta.x.dtype, branch_dtype))
 

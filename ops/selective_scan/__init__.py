@@ -381,10 +381,4 @@ def _prepare_call(*args: Any, return_last_state: bool = False, **kwargs: Any) ->
     return prepare(*args, **kwargs)
 
 
-_dispatch.register(
-    _OP,
-    _prepare_call,
-    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
-    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
-    _dispatch.Implementation("reference", f"{__name__}.reference"),
-)
+_dispatch.register(_OP, _prepare_call, *_dispatch.usual(__name__, _why_not_triton))

@@ -51,9 +51,7 @@ from subquad.ops.selective_scan._triton_plan import (
     scratch,
     sum_parameters,
 )
-from subquad.ops.selective_scan._triton_sums import (
-    selective_scan_bwd_kernel_rows,
-)
+from subquad.ops.selective_scan._triton_sums import selective_scan_bwd_kernel_rows
 from subquad.ops.selective_scan.call import Gradients, ScanCall
 
 

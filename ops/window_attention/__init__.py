@@ -347,13 +347,7 @@ def _why_not_triton(call: WindowCall) -> str | None:
     return None
 
 
-_dispatch.register(
-    _OP,
-    prepare,
-    _dispatch.Implementation("triton", f"{__name__}.triton_impl", _why_not_triton),
-    _dispatch.Implementation("torch", f"{__name__}.torch_impl"),
-    _dispatch.Implementation("reference", f"{__name__}.reference"),
-)
+_dispatch.register(_OP, prepare, *_dispatch.usual(__name__, _why_not_triton))
 
 
 # Behind the functions that it calls. As attributes of the op too, which is what ``subquad.ops.window_attention`` names.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subquad.backbones import norms
 from subquad.backbones.norms import AddLayerNorm, LayerNorm
+from subquad.ops.maps import is_compiling
 
 RESULTS = ("projection", "stream", "input")
 
@@ -21,8 +22,7 @@ RESULTS = ("projection", "stream", "input")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of an eager call, whatever the size and the device."""
     if request.param == "op":
-        traced = torch.compiler.is_compiling, torch.jit.is_tracing
-        monkeypatch.setattr(norms, "_by_op", lambda x: not any(ask() for ask in traced))
+        monkeypatch.setattr(norms, "_by_op", lambda x: not is_compiling())
     return str(request.param)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,3 +221,22 @@ def assert_exports() -> Callable[..., None]:
 @pytest.fixture
 def assert_refuses() -> Callable[..., None]:
     return _assert_refuses
+
+
+@pytest.fixture
+def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Give an op's kernels offsets of 64 bits, whatever the size of its tensors."""
+
+    def widen(op: str) -> None:
+        import triton.language as tl
+
+        from subquad.ops import _triton
+
+        kernels = importlib.import_module(f"subquad.ops.{op}.triton_impl")
+        make: Any = kernels._make_plan
+        monkeypatch.setattr(kernels, "_plans", _triton.Plans())
+        monkeypatch.setattr(
+            kernels, "_make_plan", lambda *args: (plan := make(*args))._replace(meta=plan.meta | {"INDEX": tl.int64})
+        )
+
+    return widen

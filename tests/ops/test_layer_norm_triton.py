@@ -6,6 +6,7 @@ The same cases run in Triton's interpreter on the CPU (``interpret``: fp32 and f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -117,18 +118,9 @@ def test_more_blocks_than_programs(poisoned_memory: None, monkeypatch: pytest.Mo
 
 
 @pytest.mark.interpret
-def test_offsets_of_64_bits(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_of_64_bits(poisoned_memory: None, wide_offsets: Callable[[str], None]) -> None:
     """As for a tensor of more than 2^31 elements."""
-    import triton.language as tl
-
-    from subquad.ops import _triton
-    from subquad.ops.layer_norm import triton_impl
-
-    make = triton_impl._make_plan
-    monkeypatch.setattr(triton_impl, "_plans", _triton.Plans())
-    monkeypatch.setattr(
-        triton_impl, "_make_plan", lambda *args: (plan := make(*args))._replace(meta=plan.meta | {"INDEX": tl.int64})
-    )
+    wide_offsets("layer_norm")
     check(SMALL["sum"], torch.float32, "cpu")
 
 
