@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,20 @@ import torch
 from subquad.ops._compile_worker import Job, settle_hash
 
 
+class Turn(IntEnum):
+    """The order in which kernels are compiled."""
+
+    NOW = 0
+    """The call is about to run."""
+    NEXT = 1
+    """Calls like it will probably follow: those of a model's next stages."""
+    GRADIENTS = 2
+    """The backward pass comes when all of the forward pass is done."""
+
+
 class _Ahead(threading.local):
     device: torch.device | None = None
-    urgent = True
+    turn = Turn.NOW
 
 
 _ahead = _Ahead()
@@ -38,15 +50,12 @@ _jobs: dict[object, Future[None]] = {}
 
 
 @contextmanager
-def compiling_ahead(device: torch.device, urgent: bool = True) -> Iterator[None]:
+def compiling_ahead(device: torch.device, turn: Turn = Turn.NOW) -> Iterator[None]:
     """Inside, launchers made on this thread launch nothing: they start to compile, for ``device``, in the background.
 
     A pass that runs inside on meta tensors so has all of its kernels compiled at once, and while an earlier pass runs.
-
-    Args:
-        urgent: whether the pass is about to run, or comes later.
     """
-    _ahead.device, _ahead.urgent = device, urgent
+    _ahead.device, _ahead.turn = device, turn
     try:
         yield
     finally:
@@ -63,29 +72,39 @@ def device_ahead() -> torch.device | None:
     return _ahead.device
 
 
+def next_widths(channels: int) -> list[int]:
+    """How many times as many channels the next stages of most models have; none of more than 1,024, the widest."""
+    return [factor for factor in (2, 4, 8) if channels * factor <= 1024]
+
+
 def start(job: object, kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> None:
-    """Start to compile a kernel for a launch, unless that was done before.
+    """Start to compile a kernel for a launch, unless that was done before; then it takes the turn of the nearer launch.
 
     Args:
         job: tells kernels apart that are compiled for themselves.
         arguments: of the launch, compile-time arguments included.
         options: Triton's, like ``num_warps``.
     """
+    turn, workers = _ahead.turn, _workers()
     if job in _jobs:
+        if workers is not None:
+            workers.hurry(_jobs[job], turn)
         return
-    urgent, workers = _ahead.urgent, _workers()
     if workers is not None and not workers.useless:
         with suppress(Exception):  # a release of Triton without what this builds on, a cache that cannot be written
             if not _in_cache(kernel, arguments, options, device):
-                _jobs[job] = workers.submit(_job(kernel, arguments, options, device), urgent)
+                _jobs[job] = workers.submit(_job(kernel, arguments, options, device), turn)
             return
     with suppress(RuntimeError):  # the interpreter is on its way out
-        _jobs[job] = _threads(urgent).submit(_warm_up, kernel, arguments, options, device)
+        _jobs[job] = _threads(turn is Turn.NOW).submit(_warm_up, kernel, arguments, options, device)
 
 
 def finish(job: object) -> None:
     """Wait until a kernel is compiled, or found impossible to compile, if that was started."""
     if job in _jobs:
+        workers = _workers()
+        if workers is not None:
+            workers.hurry(_jobs[job], Turn.NOW)
         wait([_jobs[job]])
 
 
@@ -262,24 +281,29 @@ class _Workers:
         self.useless = False
         self._most, self._patience = most, patience
         self._changed = threading.Condition()
-        self._waiting: list[tuple[bool, int, Job, Future[None]]] = []
+        self._waiting: list[tuple[Turn, int, Job, Future[None]]] = []
         self._number = itertools.count()
         self._running = self._idle = 0
 
-    def submit(self, job: Job, urgent: bool) -> Future[None]:
-        """Something to wait for until the job was tried.
-
-        Args:
-            urgent: whether it goes before jobs that are not.
-        """
+    def submit(self, job: Job, turn: Turn) -> Future[None]:
+        """Something to wait for until the job was tried, which is after those of earlier turns."""
         done: Future[None] = Future()
         with self._changed:
             if self._idle <= len(self._waiting) and self._running < self._most:
                 threading.Thread(target=self._serve, name="subquad-compile", daemon=True).start()
                 self._running += 1
-            heapq.heappush(self._waiting, (not urgent, next(self._number), job, done))
+            heapq.heappush(self._waiting, (turn, next(self._number), job, done))
             self._changed.notify()
         return done
+
+    def hurry(self, done: Future[None], turn: Turn) -> None:
+        """Give the job that ``done`` stands for an earlier turn, if it still waits for a later one."""
+        with self._changed:
+            for i, (old, number, job, waiting) in enumerate(self._waiting):
+                if waiting is done and turn < old:
+                    self._waiting[i] = turn, number, job, done
+                    heapq.heapify(self._waiting)
+                    return
 
     def _next(self) -> tuple[Job, Future[None]] | None:
         """A job, waited for with patience; without one the thread that asks is no longer counted."""

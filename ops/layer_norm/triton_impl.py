@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.layer_norm._triton_kernels import (
     layer_norm_bwd_kernel,
     layer_norm_bwd_kernel_sums,
@@ -29,9 +30,6 @@ from subquad.ops.layer_norm.call import GradCall, Gradients, NormCall
 
 _TILE = 512
 """Numbers a warp holds of a block of rows: 16 a thread, of up to six tensors in the backward pass."""
-
-_WIDEST_STAGE = 1024
-"""Most channels that are compiled for ahead of their first use."""
 
 _WAVES = 4
 """Programs of the backward pass for each multiprocessor."""
@@ -104,16 +102,20 @@ def _make_plan(x: Tensor, entering: Tensor | None, branch: Tensor | None, bias: 
 def _compile_ahead(call: NormCall) -> None:
     """Compile the kernel of a call that is about to run for the first time, and at once those of its gradients.
 
-    Then those for twice, four and eight times the channels, which the next stages of most models have: a norm is the
-    first thing in a block, and each stage would wait for its kernels alone.
+    Those of the next stages too: a norm is the first thing in a block, and each stage would wait for its kernels alone.
     """
-    meta, gradients = _triton.on_meta(call), call.x.requires_grad or call.weight.requires_grad
-    with _compile.compiling_ahead(call.x.device):
-        _run(meta, gradients)
-    with _compile.compiling_ahead(call.x.device, urgent=False):
-        for factor in (2, 4, 8):
-            if meta.x.shape[-1] * factor <= _WIDEST_STAGE:
-                _run(NormCall._make(_widen(value, factor) for value in meta), gradients)
+    meta, device = _triton.on_meta(call), call.x.device
+    with _compile.compiling_ahead(device):
+        passes = [(meta, forward(meta))]
+    with _compile.compiling_ahead(device, Turn.NEXT):
+        for factor in _compile.next_widths(meta.x.shape[-1]):
+            wider = NormCall._make(_widen(value, factor) for value in meta)
+            passes.append((wider, forward(wider)))
+    if call.x.requires_grad or call.weight.requires_grad:
+        with _compile.compiling_ahead(device, Turn.GRADIENTS):
+            for each, (total, y) in passes:
+                entering, branch_dtype = (None, None) if each.branch is None else (total, each.branch.dtype)
+                backward(GradCall(y, entering, total, each.weight, each.bias, each.eps, each.x.dtype, branch_dtype))
 
 
 def _widen(value: Any, factor: int) -> Any:
@@ -121,14 +123,6 @@ def _widen(value: Any, factor: int) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.new_empty((*value.shape[:-1], value.shape[-1] * factor))
-
-
-def _run(meta: NormCall, gradients: bool) -> None:
-    """The forward pass of a call of meta tensors, with ``gradients`` the backward pass too."""
-    total, y = forward(meta)
-    if gradients:
-        entering, branch_dtype = (None, None) if meta.branch is None else (total, meta.branch.dtype)
-        backward(GradCall(y, entering, total, meta.weight, meta.bias, meta.eps, meta.x.dtype, branch_dtype))
 
 
 def forward(call: NormCall) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.selective_scan._triton_many_backward import (
     selective_scan_many_bwd_kernel,
     selective_scan_turn_back_kernel,
@@ -47,6 +48,7 @@ from subquad.ops.selective_scan._triton_plan import (
     dot_dtype,
     extent,
     kernel_inputs,
+    next_stages,
     plan_key,
     rank_of,
     scratch,
@@ -189,12 +191,15 @@ def _ends(
 
 
 def _compile_ahead(call: ScanCall, config: Config, backward_config: Config) -> None:
-    """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    meta = _triton.on_meta(call)
-    with _compile.compiling_ahead(call.x.device):
+    """Compile all kernels of a call that is about to run for the first time, those of next stages and of gradients."""
+    meta, device = _triton.on_meta(call), call.x.device
+    with _compile.compiling_ahead(device):
         y, states = forward(meta, config, backward_config)
+    with _compile.compiling_ahead(device, Turn.NEXT):
+        for stage in next_stages(meta):
+            forward(stage, config, backward_config)
     if call.x.requires_grad:
-        with _compile.compiling_ahead(call.x.device, urgent=False):
+        with _compile.compiling_ahead(device, Turn.GRADIENTS):
             backward(meta, states, y, None, backward_config)
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
+from subquad.ops._compile import next_widths
 from subquad.ops.selective_scan._triton_chain import selective_scan_chain_kernel
 from subquad.ops.selective_scan._triton_sums import selective_scan_bwd_kernel_parameters
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
@@ -263,6 +264,37 @@ def pack_routes(groups: list[Group]) -> int:
     numbers = [max(k, 0) for group in groups for k in (group.forward, group.reversed)]
     columns = [group.code != TABLE and bool(group.code & COLUMN) for group in groups]
     return sum(k << (7 * i) for i, k in enumerate(numbers)) | sum(c << (28 + i) for i, c in enumerate(columns))
+
+
+def next_stages(call: ScanCall) -> list[ScanCall]:
+    """Calls on meta tensors that a pyramid's next stages will make after ``call``, which is on meta tensors too.
+
+    None for a sequence, as models without stages scan, nor after calls whose tables or states say more about the map.
+    """
+    if min(call.x.shape[1:3]) == 1 or call.table is not None or call.initial_state is not None:
+        return []
+    return [_stage(call, factor) for factor in next_widths(call.x.shape[3])]
+
+
+def _stage(call: ScanCall, factor: int) -> ScanCall:
+    """The call on a map with so many times fewer rows and columns, and more channels and ranks."""
+
+    def wide(tensor: Tensor, *axes: int) -> Tensor:
+        return tensor.new_empty([size * factor if i in axes else size for i, size in enumerate(tensor.shape)])
+
+    def small(tensor: Tensor) -> Tensor:
+        return tensor[:, ::factor, ::factor]
+
+    return call._replace(
+        x=wide(small(call.x), 3),
+        dt=wide(small(call.dt), 4),
+        A=wide(call.A, 1),
+        B=wide(small(call.B)),
+        C=wide(small(call.C)),
+        D=None if call.D is None else wide(call.D, 1),
+        dt_weight=None if call.dt_weight is None else wide(call.dt_weight, 1, 2),
+        dt_bias=None if call.dt_bias is None else wide(call.dt_bias, 1),
+    )
 
 
 class Inputs(NamedTuple):

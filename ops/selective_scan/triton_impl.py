@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.selective_scan import _triton_many
 from subquad.ops.selective_scan._triton_backward import (
     selective_scan_bwd_kernel,
@@ -46,6 +47,7 @@ from subquad.ops.selective_scan._triton_plan import (
     default_config,
     dot_dtype,
     kernel_inputs,
+    next_stages,
     pack_routes,
     plan_for,
     scratch,
@@ -85,12 +87,15 @@ def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
 
 
 def _compile_ahead(call: ScanCall, config: Config) -> None:
-    """Compile all kernels of a call that is about to run for the first time at once, and those of its gradients."""
-    meta = _triton.on_meta(call)
-    with _compile.compiling_ahead(call.x.device):
+    """Compile all kernels of a call that is about to run for the first time, those of next stages and of gradients."""
+    meta, device = _triton.on_meta(call), call.x.device
+    with _compile.compiling_ahead(device):
         y, states = _forward(meta, config)
+    with _compile.compiling_ahead(device, Turn.NEXT):
+        for stage in next_stages(meta):
+            _forward(stage, default_config("forward", stage))
     if call.x.requires_grad:
-        with _compile.compiling_ahead(call.x.device, urgent=False):
+        with _compile.compiling_ahead(device, Turn.GRADIENTS):
             _backward(meta, states, y, None, default_config("backward", call))
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.ops import _compile, _compile_worker, depthwise_conv, neighborhood_attention
+from subquad.ops import _compile, _compile_worker, _triton, depthwise_conv, neighborhood_attention
+from subquad.ops._compile import Turn
 from subquad.ops.layer_norm import prepare_sum
 from subquad.ops.selective_scan import CROSS, prepare
 
@@ -121,10 +122,11 @@ def _leaf(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta").requires_grad_()
 
 
-def _scan() -> tuple[str, Any]:
-    x, steps = _leaf(1, 4, 4, 32), torch.empty(1, 4, 4, 4, 8, dtype=torch.bfloat16, device="meta")
-    a, d, weight = (torch.empty(4, 32, *last, device="meta") for last in ((1,), (), (6,)))
-    dt, b, c = steps.split([6, 1, 1], -1)
+def _scan(batch: int = 1, side: int = 4, dim: int = 32, rank: int = 6, d_state: int = 1) -> tuple[str, Any]:
+    x = _leaf(batch, side, side, dim)
+    steps = torch.empty(batch, side, side, 4, rank + 2 * d_state, dtype=torch.bfloat16, device="meta")
+    a, d, weight = (torch.empty(4, dim, *last, device="meta") for last in ((d_state,), (), (rank,)))
+    dt, b, c = steps.split([rank, d_state, d_state], -1)
     call = prepare(x, dt, a, b, c, d, dt_weight=weight, dt_bias=d, routes=CROSS, dt_softplus=True)
     return "selective_scan", call
 
@@ -183,7 +185,7 @@ def test_a_worker_imports_kernels_without_torch(write: Callable[..., Path], work
     log = write("asks", f"import {', '.join(modules)}\nopen(__file__[:-2] + 'log', 'w').write(str(list(sys.modules)))")
     packages = {name.rpartition(".")[0] for name in modules} | {"subquad", "subquad.ops"}
     paths = {package: list(sys.modules[package].__path__) for package in packages}
-    workers.submit(_job("asks")._replace(packages=paths), urgent=True).result()
+    workers.submit(_job("asks")._replace(packages=paths), Turn.NOW).result()
     loaded = log.read_text()
     assert "'subquad.ops.selective_scan._triton_forward'" in loaded and "'subquad.ops._triton_attention'" in loaded
     assert "'torch'" not in loaded
@@ -193,11 +195,11 @@ def test_a_worker_imports_kernels_without_torch(write: Callable[..., Path], work
 def test_a_killed_worker_is_replaced(write: Callable[..., Path], workers: _compile._Workers) -> None:
     log = write("hangs", "open(__file__[:-2] + 'log', 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
     write("well")
-    done = workers.submit(_job("hangs"), urgent=True)
+    done = workers.submit(_job("hangs"), Turn.NOW)
     _wait_for(lambda: log.exists() and log.read_text())
     os.kill(int(log.read_text()), signal.SIGKILL)
     done.result(timeout=30)
-    workers.submit(_job("well"), urgent=True).result(timeout=60)
+    workers.submit(_job("well"), Turn.NOW).result(timeout=60)
     assert not workers.useless
     assert _compile._in_cache(*_launch(importlib.import_module("well")))
 
@@ -209,7 +211,7 @@ def test_what_a_worker_prints_disturbs_nobody(
     write("talks", "print('. . .', flush=True)\nprint('. . .', file=sys.stderr, flush=True)\n")
     write("well")
     for name in ("talks", "well"):
-        workers.submit(_job(name), urgent=True).result(timeout=60)
+        workers.submit(_job(name), Turn.NOW).result(timeout=60)
     assert capfd.readouterr() == ("", "")
     assert _compile._in_cache(*_launch(importlib.import_module("well")))
 
@@ -267,25 +269,58 @@ def test_the_launch_says_that_the_cache_cannot_be_written(
 
 def test_an_idle_worker_ends(write: Callable[..., Path], workers: _compile._Workers) -> None:
     log = write("idle", "open(__file__[:-2] + 'log', 'w').write(str(os.getpid()))\n")
-    workers.submit(_job("idle"), urgent=True).result(timeout=60)
+    workers.submit(_job("idle"), Turn.NOW).result(timeout=60)
     assert not _is_gone(int(log.read_text()))
     _wait_for(lambda: _is_gone(int(log.read_text())))
-    workers.submit(_job("idle"), urgent=True).result(timeout=60)
+    workers.submit(_job("idle"), Turn.NOW).result(timeout=60)
     assert not _is_gone(int(log.read_text()))  # another one
 
 
-def test_urgent_jobs_go_first(write: Callable[..., Path], workers: _compile._Workers, tmp_path: Path) -> None:
+def test_jobs_take_turns(write: Callable[..., Path], workers: _compile._Workers, tmp_path: Path) -> None:
     code = "open(os.path.dirname(__file__) + '/order', 'a').write(__name__ + ' ')\n"
-    names = ["first", "later", "urgent", "urgent_too", "last"]
-    for name in names:
+    turns = {
+        "first": Turn.GRADIENTS,
+        "backward": Turn.GRADIENTS,
+        "stage_3": Turn.NEXT,
+        "stage_2": Turn.NEXT,
+        "urgent": Turn.NOW,
+        "urgent_too": Turn.NOW,
+    }
+    for name in turns:
         write(name, code + "while not os.path.exists(os.path.dirname(__file__) + '/go'): time.sleep(0.01)\n")
-    first = workers.submit(_job("first"), urgent=False)
+    jobs = {"first": workers.submit(_job("first"), turns["first"])}
     _wait_for((tmp_path / "order").exists)
-    rest = [workers.submit(_job(name), urgent=name.startswith("urgent")) for name in names[1:]]
+    jobs |= {name: workers.submit(_job(name), turn) for name, turn in turns.items() if name != "first"}
+    workers.hurry(jobs["stage_2"], Turn.NOW)  # its stage is reached
+    workers.hurry(jobs["urgent_too"], Turn.GRADIENTS)  # what is wanted now is not put off
     (tmp_path / "go").touch()
-    for done in (first, *rest):
+    for done in jobs.values():
         done.result(timeout=60)
-    assert (tmp_path / "order").read_text().split() == ["first", "urgent", "urgent_too", "later", "last"]
+    order = ["first", "stage_2", "urgent", "urgent_too", "stage_3", "backward"]
+    assert (tmp_path / "order").read_text().split() == order
+
+
+@pytest.mark.parametrize("d_state", [1, 16])
+def test_stages_compiled_ahead_are_those_of_a_model(d_state: int, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage's scan has all kernels compiled that the forward passes of VMamba-T's other stages launch."""
+    started: list[object] = []
+    monkeypatch.setattr(_compile, "start", lambda job, *rest: started.append(job))
+    monkeypatch.setattr(_triton, "_multiprocessor_count", lambda device: 132)
+    kernels = importlib.import_module("subquad.ops.selective_scan.triton_impl")
+    first, *others = [
+        _scan(batch=128, side=56 // width, dim=96 * width, rank=6 * width, d_state=d_state)[1] for width in (1, 2, 4, 8)
+    ]
+    configs = [kernels.default_config(which, first) for which in ("forward", "backward")]
+    if d_state == 1:
+        kernels._compile_ahead(first, configs[0])
+    else:
+        kernels._triton_many._compile_ahead(first, *configs)
+    ahead = set(started)
+    for call in others:
+        started.clear()
+        with _compile.compiling_ahead(call.x.device):
+            kernels.forward(call)
+        assert started and ahead.issuperset(started)
 
 
 def test_workers_end_with_the_process_that_started_them(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -297,7 +332,7 @@ def test_workers_end_with_the_process_that_started_them(write: Callable[..., Pat
         from subquad.ops import _compile, _compile_worker
         import triton
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        _compile._Workers(1).submit(_compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}), urgent=True)
+        _compile._Workers(1).submit(_compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}), Turn.NOW)
         while not (os.path.exists({str(log)!r}) and open({str(log)!r}).read()): time.sleep(0.02)
         os.kill(int(open({str(log)!r}).read()), signal.SIGINT)
         time.sleep(0.5)

@@ -153,6 +153,7 @@ def _flex(case: Case, tile: int, device: torch.device) -> tuple[Any, Any, _Token
     """Compiled FlexAttention and the windows as its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch.compiler.reset()  # after some shapes PyTorch would go on uncompiled, without a word
     kernel, dilation = case.shape[-2:]
     tokens = _tokens(case, tile, device)
     _, y, x, first_y, first_x = tokens
