@@ -124,8 +124,52 @@ def test_images_of_a_wrong_shape(name: str, shape: tuple[int, ...]) -> None:
         model(torch.zeros(shape))
     with pytest.raises(ValueError, match="expected images of shape"):
         model.forward_intermediates(torch.zeros(shape))
-    with pytest.raises(TypeError, match=r"torch\.uint8"):
-        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@small_models
+def test_images_of_a_wrong_dtype_or_on_another_device(name: str) -> None:
+    model, x = _model(name).eval(), _images(1, 3, 64, 64)
+    for dtype in (torch.uint8, torch.int64, torch.float64, torch.bfloat16):
+        message = re.escape(f"expected images in torch.float32, the dtype of the model, got {dtype}")
+        for forward in (model, model.forward_intermediates):
+            with pytest.raises(TypeError, match=message):
+                forward(x.to(dtype))
+    with pytest.raises(TypeError, match=r"in torch\.float64, the dtype of the model, got torch\.float32"):
+        copy.deepcopy(model).double()(x)
+    with pytest.raises(ValueError, match="expected images on cpu, where the model is, got meta"):
+        model(x.to("meta"))
+    scripted = torch.jit.script(model)
+    with pytest.raises(torch.jit.Error, match="expected images in floating point"):
+        scripted(x.byte())
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_images_under_autocast(name: str) -> None:
+    """Autocast casts what is in floating point, but for float64."""
+    model, x = _model(name).eval(), _images(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x.bfloat16().float())
+        torch.testing.assert_close(model(x.bfloat16()), expected)
+        for dtype in (torch.uint8, torch.float64):
+            with pytest.raises(TypeError, match=f"expected images in torch.float32.*got {dtype}"):
+                model(x.to(dtype))
+        with pytest.raises(TypeError, match=r"expected images in torch\.float64.*got torch\.float32"):
+            copy.deepcopy(model).double()(x)
+
+
+def test_images_that_hooks_bring_into_place() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    x = _images(1, 3, 64, 64)
+    expected = _model("test_vmamba").eval()(x)
+
+    casting = _model("test_vmamba").eval()
+    casting.stem.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    torch.testing.assert_close(casting(x.double()), expected)
+
+    offloaded = _model("test_vmamba").eval()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.stem.parameters()).is_meta
+    torch.testing.assert_close(offloaded(x), expected)
 
 
 @small_models
