@@ -174,13 +174,29 @@ def test_images_that_hooks_bring_into_place() -> None:
 
 @small_models
 def test_unknown_and_bad_arguments(name: str) -> None:
-    with pytest.raises(TypeError, match="no_such_option"):
-        timm.create_model(name, no_such_option=1)
+    with pytest.raises(
+        TypeError, match=rf"^{name} has no argument 'qqq', expected one of .*\bdrop_path_rate\b.*help\("
+    ) as e:
+        timm.create_model(name, qqq=1)
+    family = type(_model(name))
+    assert f"help({family.__module__}.{family.__name__})" in str(e.value)
+    with pytest.raises(TypeError, match=rf"^{name} has no argument 'drop_path_rates', did you mean drop_path_rate"):
+        timm.create_model(name, drop_path_rates=0.1, features_only=True, out_indices=(0,))
     for options in ({"num_classes": -1}, {"drop_path_rate": 1.5}, {"drop_rate": -0.1}, {"global_pool": "median"}):
         with pytest.raises(ValueError, match=str(next(iter(options.values())))):
             timm.create_model(name, **options)
     with pytest.raises(ValueError, match="median"):
         _model(name).reset_classifier(10, "median")
+
+
+def test_arguments_that_are_taken() -> None:
+    """Those of timm, of the family and of the architecture; an error inside a model stays what it is."""
+    model = timm.create_model("test_vmamba", pretrained_cfg_overlay={"crop_pct": 1.0}, cache_dir="none", foo=None)
+    assert model.pretrained_cfg["crop_pct"] == 1.0
+    model = timm.create_model("test_ravlt", device="meta", dims=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), drop_rate=0.1)
+    assert (model.drop_rate, model.num_features) == (0.1, 8)
+    with pytest.raises(TypeError, match=r"^(?!test_vmamba has no argument)"):
+        timm.create_model("test_vmamba", depths=1)
 
 
 @small_models
