@@ -47,7 +47,7 @@ def first_weight(stem: nn.Module) -> torch.Tensor | None:
     by FSDP, nor in a replica of ``DataParallel``.
     """
     for module in stem.modules():
-        if module._forward_pre_hooks or "forward" in vars(module):
+        if module._forward_pre_hooks or "forward" in vars(module) or "_fsdp_wrapped_module" in module._modules:
             return None
         for weight in module._parameters.values():
             whole = weight is not None and type(weight) is nn.Parameter and weight.dim() == 4

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.export import Dim
 
 from subquad.backbones import weights
@@ -170,6 +172,20 @@ def test_images_that_hooks_bring_into_place() -> None:
     accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
     assert next(offloaded.stem.parameters()).is_meta
     torch.testing.assert_close(offloaded(x), expected)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_images_that_fsdp_casts(original: bool) -> None:
+    """It hands on images in its own dtype before the stem's weights have that."""
+    mixed = MixedPrecision(param_dtype=torch.bfloat16)
+    options = {"mixed_precision": mixed, "use_orig_params": original, "device_id": torch.device("cpu")}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = _model("test_vmamba").eval()
+        model.stem = FullyShardedDataParallel(model.stem, **options)
+        assert FullyShardedDataParallel(model, **options)(_images(1, 3, 64, 64)).dtype == torch.bfloat16
+    finally:
+        dist.destroy_process_group()
 
 
 @small_models
