@@ -50,8 +50,7 @@ def first_weight(stem: nn.Module) -> torch.Tensor | None:
         if module._forward_pre_hooks or "forward" in vars(module) or "_fsdp_wrapped_module" in module._modules:
             return None
         for weight in module._parameters.values():
-            whole = weight is not None and type(weight) is nn.Parameter and weight.dim() == 4
-            return weight if whole else None
+            return weight if type(weight) is nn.Parameter and weight.dim() == 4 else None
     return None
 
 

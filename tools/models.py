@@ -24,8 +24,8 @@ from subquad.tools.benchmarks.systems import TOP1
 
 BEGIN, END = "<!-- begin of `subquad models` -->", "<!-- end of `subquad models` -->"
 
-_NEW_LINE = "\r\x1b[K"
-"""What takes a terminal's cursor back to the start of its line and clears that."""
+_CLEAR_LINE = "\r\x1b[K"
+"""Clears a terminal's line."""
 
 
 @dataclass
@@ -114,10 +114,10 @@ def _announced(names: Sequence[str]) -> Iterator[str]:
     visible = sys.stderr.isatty()
     for i, name in enumerate(names, 1):
         if visible:
-            print(f"{_NEW_LINE}counting {i} of {len(names)}: {name}", end="", file=sys.stderr, flush=True)
+            print(f"{_CLEAR_LINE}counting {i} of {len(names)}: {name}", end="", file=sys.stderr, flush=True)
         yield name
     if visible:
-        print(_NEW_LINE, end="", file=sys.stderr, flush=True)
+        print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
 def _of_paper(identifier: str, names: list[str], sizes: Mapping[str, Size]) -> str:
