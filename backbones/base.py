@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from subquad.backbones import weights
-from subquad.backbones.images import channels_last, check_images
+from subquad.backbones.images import channels_last, check_images, first_weight
 from subquad.ops.maps import exporting
 
 Factory = Callable[..., nn.Module]
@@ -172,6 +172,11 @@ class Pyramid(nn.Module):
     def _pooled_width(self) -> int:
         return getattr(self.head, "hidden_size", self.num_features) * self.head.global_pool.feat_mult()
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the map of the stem (B, H', W', stages[0].dim)."""
+        check_images(x, self.in_chans, None if torch.jit.is_scripting() else first_weight(self.stem))
+        return self.stem(channels_last(x))
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -196,7 +201,6 @@ class Pyramid(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError("output_fmt must be NCHW or NHWC")
-        check_images(x, self.in_chans)
         intermediates: list[Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
@@ -204,7 +208,7 @@ class Pyramid(nn.Module):
             stages = self.stages
         else:
             stages = self.stages[: max_index + 1]
-        x = self.stem(channels_last(x))
+        x = self.embed(x)
         i = 0
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -234,8 +238,7 @@ class Pyramid(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to the last map, normalised: (B, H / r, W / r, num_features)."""
-        check_images(x, self.in_chans)
-        x = self.stem(channels_last(x))
+        x = self.embed(x)
         x = self.stages(x)
         return self.norm(x)
 
@@ -369,7 +372,7 @@ class Isotropic(nn.Module):
 
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Images (B, C, H, W) to tokens and the height and width of their map."""
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, None if torch.jit.is_scripting() else first_weight(self.stem))
         x = self.stem(channels_last(x))
         height, width = x.shape[1], x.shape[2]
         if self.pos_embed is not None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, StageSpec
 from subquad.backbones.images import check_image_size
-from subquad.backbones.layers import ConvDownsample, MapConv2d, PatchMerging
-from subquad.backbones.norms import StreamNorm
+from subquad.backbones.layers import ConvDownsample, MapConv2d
+from subquad.backbones.norms import LayerNorm, StreamNorm
 
 
 class PatchStem(nn.Module):
@@ -53,7 +54,7 @@ STEMS = {"conv": ConvStem, "patch": PatchStem}
 DOWNSAMPLES: dict[str, Factory] = {
     "conv": ConvDownsample,
     "patch": partial(ConvDownsample, kernel_size=2),
-    "merge": PatchMerging,
+    "merge": partial(PatchMerging, norm_layer=LayerNorm),
 }
 """Upstream's v3, v2 and v1."""
 

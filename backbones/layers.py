@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, resample_position
 from subquad.backbones.images import check_map_size
-from subquad.backbones.norms import LayerNorm, StreamNorm
+from subquad.backbones.norms import StreamNorm
 from subquad.ops import depthwise_conv2d, linear_attention, selective_scan
 from subquad.ops.maps import Kept, crop, is_compiling
 from subquad.ops.selective_scan import ROUTES
@@ -411,18 +411,3 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map_size(x, self.smallest)
         return self.norm(self.conv(x))
-
-
-class PatchMerging(nn.Module):
-    """Four neighbouring pixels to one, norm, projection: (B, H, W, in_dim) to (B, ceil(H / 2), ceil(W / 2), dim)."""
-
-    def __init__(self, in_dim: int, dim: int, norm: Factory = LayerNorm, **dd: Any) -> None:
-        super().__init__()
-        self.norm = norm(4 * in_dim, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        x = pad_to(x, 2 * height, 2 * width)
-        x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, i, W / 2, j, C)
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))  # channels (j, i, C)

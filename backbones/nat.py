@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, Literal
 
 from timm.models import generate_default_cfgs
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from subquad.backbones.base import Factory, Pyramid, StageSpec
-from subquad.backbones.layers import MapConv2d, PatchEmbed, PatchMerging, check_heads, in_turn
+from subquad.backbones.layers import MapConv2d, PatchEmbed, check_heads, in_turn
 from subquad.backbones.neighborhood import (
     Block,
     bias_tables,
@@ -25,7 +26,7 @@ from subquad.backbones.neighborhood import (
     dilated_cfg,
     neighborhood,
 )
-from subquad.backbones.norms import StreamNorm
+from subquad.backbones.norms import LayerNorm, StreamNorm
 from subquad.backbones.registry import register_variants
 
 __all__ = ["NAT", "NATBlock"]
@@ -82,7 +83,7 @@ class Downsample(nn.Module):
 
 FRAMES: dict[str, tuple[Factory, Factory]] = {
     "conv": (Stem, Downsample),
-    "patch": (partial(PatchEmbed, patch_size=4, norm=StreamNorm), PatchMerging),
+    "patch": (partial(PatchEmbed, patch_size=4, norm=StreamNorm), partial(PatchMerging, norm_layer=LayerNorm)),
 }
 """Stem, and what is between stages."""
 

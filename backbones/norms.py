@@ -48,7 +48,7 @@ def _by_op(x: Tensor) -> bool:
     return not is_compiling() and x.device.type != "cpu" and x.numel() >= _WORTH_A_KERNEL
 
 
-def _autocast(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype for activations like x, or None without autocast."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -58,12 +58,12 @@ def _autocast(x: Tensor) -> torch.dtype | None:
 
 def _wanted(x: Tensor, result: str) -> torch.dtype | None:
     """Dtype of the op's result on a GPU; None for that of its input."""
-    autocast = None if result == "input" else _autocast(x)
+    autocast = None if result == "input" else autocast_dtype(x)
     return autocast if autocast is None or result == "projection" else torch.float32
 
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, result: str) -> Tensor:
-    autocast = _autocast(x)
+    autocast = autocast_dtype(x)
     if autocast is not None and result != "input":
         y = F.layer_norm(x, weight.shape, weight, bias, eps)  # in float32, or on a CPU as it comes
         return y.to(autocast) if result == "projection" else y

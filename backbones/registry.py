@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 from urllib.error import URLError
 
@@ -114,7 +116,7 @@ def _entry_point(
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         try:
             return build_model_with_cfg(
-                model,
+                partial(_construct, model, name, options),
                 name,
                 pretrained,
                 pretrained_filter_fn=filter_fn,
@@ -129,3 +131,27 @@ def _entry_point(
             ) from error
 
     return entry
+
+
+def _construct(model: type[nn.Module], name: str, options: Mapping[str, Any], /, **kwargs: Any) -> nn.Module:
+    """The model, built from what timm has not taken for itself, if it has arguments of these names."""
+    known = {**options, **dict.fromkeys(_arguments(model))}
+    if unknown := [argument for argument in kwargs if argument not in known]:
+        close = get_close_matches(unknown[0], known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
+        where = f"{model.__module__}.{model.__name__}"
+        raise TypeError(f"{name} has no argument {unknown[0]!r}, {hint} (see help({where}))")
+    return model(**kwargs)
+
+
+def _arguments(model: type[nn.Module]) -> list[str]:
+    """Names of the constructor's arguments, and of optional ones that it passes on to those of its base classes."""
+    names: list[str] = []
+    for cls in model.__mro__:
+        if "__init__" in vars(cls):
+            parameters = list(signature(vars(cls)["__init__"]).parameters.values())[1:]
+            named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+            names += [p.name for p in named if cls is model or p.default is not Parameter.empty]
+            if all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
+                break
+    return names

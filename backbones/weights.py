@@ -314,31 +314,48 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str | None]]) -> str |
 
 
 class Difference(NamedTuple):
-    """How a state dict differs from what a model expects; false when it does not."""
+    """How a state dict differs from what a model expects; false when it does not.
+
+    As text it lists every name, or where hardly anything fits says so and lists the first ones.
+    """
 
     missing: list[str]
     unexpected: list[str]
     misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # shape found, shape expected
+    fitting: int  # how many tensors have name and shape as expected
 
     def __bool__(self) -> bool:
-        return any(len(part) > 0 for part in self)
+        return bool(self.missing or self.unexpected or self.misshaped)
 
     def __str__(self) -> str:
-        shapes = [f"{name} is {found}, expected {wanted}" for name, (found, wanted) in self.misshaped.items()]
+        found, wanted = (self.fitting + len(self.misshaped) + len(rest) for rest in (self.unexpected, self.missing))
+        foreign = self.fitting < _FAMILIAR * min(found, wanted)
+        shapes = [f"{name} is {have}, expected {want}" for name, (have, want) in self.misshaped.items()]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
-        return "\n".join(f"{label} ({len(names)}): {', '.join(names)}" for label, names in parts.items() if names)
+        lines = [
+            f"{label} ({len(names)}): {_names(names, 3 if foreign else len(names))}"
+            for label, names in parts.items()
+            if names
+        ]
+        if foreign:
+            lines.insert(0, f"only {self.fitting} of {found} tensors fit: these seem to be weights of another model")
+        return "\n".join(lines)
+
+
+_FAMILIAR = 0.25
+"""Share of tensors that fit from which on it helps to see every name that does not."""
 
 
 def compare(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
     """Every name and shape in which ``state_dict`` differs from ``expected`` (a model's ``state_dict()``)."""
+    shared = [name for name in state_dict if name in expected]
+    shapes = {name: (tuple(state_dict[name].shape), tuple(expected[name].shape)) for name in shared}
+    misshaped = {name: (found, wanted) for name, (found, wanted) in shapes.items() if found != wanted}
     return Difference(
         missing=[name for name in expected if name not in state_dict],
         unexpected=[name for name in state_dict if name not in expected],
-        misshaped={
-            name: (tuple(value.shape), tuple(expected[name].shape))
-            for name, value in state_dict.items()
-            if name in expected and value.shape != expected[name].shape
-        },
+        misshaped=misshaped,
+        fitting=len(shared) - len(misshaped),
     )
 
 
@@ -377,7 +394,7 @@ def load_checkpoint(
         The names that differ (none with ``strict``).
 
     Raises:
-        FileNotFoundError, ValueError: see ``read_checkpoint`` and ``unwrap``; lists every name that does not fit.
+        FileNotFoundError, ValueError: see ``read_checkpoint``, ``unwrap`` and ``Difference``.
     """
     state_dict = read_for(model, path, key)
     difference = compare(state_dict, model.state_dict())
@@ -414,8 +431,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
     timm_load_pretrained(model, pretrained_cfg=source, num_classes=model.num_classes, in_chans=model.in_chans)
 
 
-def _names(mapping: Mapping[str, Any], limit: int = 8) -> str:
-    names = [str(name) for name in mapping]
+def _names(found: Iterable[object], limit: int = 8) -> str:
+    names = [str(name) for name in found]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
 
 

@@ -55,7 +55,7 @@ def run(options: Options) -> Path:
 
     Raises:
         FileNotFoundError: no checkpoint, or no folder to write to.
-        ValueError: an unknown model, an unreadable checkpoint, or one that does not fit, listing every name.
+        ValueError: an unknown model, an unreadable checkpoint, or one that does not fit (see ``weights.Difference``).
     """
     output = options.output or Path(f"{options.model}.safetensors")
     if output.suffix != ".safetensors":

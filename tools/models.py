@@ -8,7 +8,8 @@ one operation as in papers. Paper, licence and origin come from the default cfgs
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +23,9 @@ from subquad.backbones.registry import model_names
 from subquad.tools.benchmarks.systems import TOP1
 
 BEGIN, END = "<!-- begin of `subquad models` -->", "<!-- end of `subquad models` -->"
+
+_CLEAR_LINE = "\r\x1b[K"
+"""Clears a terminal's line."""
 
 
 @dataclass
@@ -98,19 +102,31 @@ def measure(name: str) -> Size:
 
 def table(names: Sequence[str]) -> str:
     """Markdown: for each paper a heading line and a row for each of its models."""
+    sizes = {name: measure(name) for name in _announced(names)}
     papers: dict[str, list[str]] = {}
     for name in names:
         papers.setdefault(_cfg(name)["paper_ids"], []).append(name)
-    return "\n\n".join(_of_paper(identifier, models) for identifier, models in papers.items())
+    return "\n\n".join(_of_paper(identifier, models, sizes) for identifier, models in papers.items())
 
 
-def _of_paper(identifier: str, names: list[str]) -> str:
+def _announced(names: Sequence[str]) -> Iterator[str]:
+    """The names, each shown in a line that the next one replaces if somebody is watching: all take about a minute."""
+    visible = sys.stderr.isatty()
+    for i, name in enumerate(names, 1):
+        if visible:
+            print(f"{_CLEAR_LINE}counting {i} of {len(names)}: {name}", end="", file=sys.stderr, flush=True)
+        yield name
+    if visible:
+        print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def _of_paper(identifier: str, names: list[str], sizes: Mapping[str, Size]) -> str:
     cfg = _cfg(names[0])
     link = f"[{identifier.replace(':', ' ')}](https://arxiv.org/abs/{identifier.partition(':')[2]})"
     lines = [f"**{cfg['paper_name']}** ({link}, [official code]({cfg['origin_url']}))", ""]
     lines += ["| name | parameters | GFLOPs | top-1 | licence |", "|---|---|---|---|---|"]
     for name in names:
-        size = measure(name)
+        size = sizes[name]
         at = "" if size.pixels == 224 else f" at {size.pixels} px"
         top1 = f"{TOP1[name]:.1f}" if name in TOP1 else "-"
         licence = _cfg(name)["license"]

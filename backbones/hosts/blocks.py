@@ -103,7 +103,10 @@ class MixerBlock(Block):
 
 
 class TokenBlock(Block):
-    """Block on tokens (B, N, dim), prefix tokens in front; arguments as in ``Block``."""
+    """Block on tokens (B, N, dim), prefix tokens in front; arguments as in ``Block``.
+
+    Not timm's, which hands its attention a mask where mixers want the size of the map.
+    """
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), [height, width]))
@@ -111,7 +114,10 @@ class TokenBlock(Block):
 
 
 class SoftmaxAttention(nn.Module):
-    """DeiT's own mixer, and that of CSWin's windows, called as the others are."""
+    """DeiT's own mixer, and that of CSWin's windows, called as the others are.
+
+    Not timm's ``Attention``: a subclass with the others' ``forward`` cannot call timm's in TorchScript.
+    """
 
     def __init__(self, dim: int, num_heads: int, bare: bool = False, device: Any = None, dtype: Any = None) -> None:
         super().__init__()

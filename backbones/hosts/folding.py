@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from timm.models.pvt_v2 import Attention, OverlapPatchEmbed
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from subquad.backbones.hosts.blocks import Block, SoftmaxAttention
 from subquad.backbones.hosts.stripes import CrossShapedAttention
-from subquad.backbones.layers import ConvDownsample, PatchEmbed, PatchMerging
+from subquad.backbones.layers import ConvDownsample, PatchEmbed
 from subquad.backbones.mixers import AgentAttention, PositionedMixer
 from subquad.backbones.prepbn import ChannelAffine, ProgressiveNorm, RepNorm, affine_of
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from timm.layers import resize_rel_pos_bias_table
 from timm.models import generate_default_cfgs, register_notrace_function
-from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer import PatchMerging, WindowAttention
 from torch import Tensor, nn
 
 from subquad.backbones import mixers
 from subquad.backbones.base import Pyramid, StageSpec
 from subquad.backbones.hosts.blocks import MixerBlock, check_mixer_blocks, check_positive, map_size
 from subquad.backbones.hosts.origins import host_cfg, read_host, slab_cfg
-from subquad.backbones.layers import PatchEmbed, PatchMerging, check_heads, in_turn
+from subquad.backbones.layers import PatchEmbed, check_heads, in_turn
 from subquad.backbones.mixers import find_mixer
 from subquad.backbones.prepbn import find_norm
 from subquad.backbones.registry import register_variants
@@ -100,7 +100,7 @@ class MixerSwin(Pyramid):
                 else partial(softmax, mixer=partial(WindowMixer, num_heads=heads, window=window, shift=shift))
                 for j, shift in enumerate(shifts)
             ]
-            downsample = partial(PatchMerging, norm=make_norm) if i else None
+            downsample = partial(PatchMerging, norm_layer=make_norm) if i else None  # type: ignore[arg-type]
             stages.append(StageSpec(dim, depth, patch_size * 2**i, block=in_turn(blocks), downsample=downsample))
         dd = {"device": device, "dtype": dtype}
         stem = PatchEmbed(in_chans, embed_dim, patch_size, make_norm, **dd)

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.export import Dim
 
 from subquad.backbones import weights
@@ -124,19 +126,93 @@ def test_images_of_a_wrong_shape(name: str, shape: tuple[int, ...]) -> None:
         model(torch.zeros(shape))
     with pytest.raises(ValueError, match="expected images of shape"):
         model.forward_intermediates(torch.zeros(shape))
-    with pytest.raises(TypeError, match=r"torch\.uint8"):
-        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@small_models
+def test_images_of_a_wrong_dtype_or_on_another_device(name: str) -> None:
+    model, x = _model(name).eval(), _images(1, 3, 64, 64)
+    for dtype in (torch.uint8, torch.int64, torch.float64, torch.bfloat16):
+        message = re.escape(f"expected images in torch.float32, the dtype of the model, got {dtype}")
+        for forward in (model, model.forward_intermediates):
+            with pytest.raises(TypeError, match=message):
+                forward(x.to(dtype))
+    with pytest.raises(TypeError, match=r"in torch\.float64, the dtype of the model, got torch\.float32"):
+        copy.deepcopy(model).double()(x)
+    with pytest.raises(ValueError, match="expected images on cpu, where the model is, got meta"):
+        model(x.to("meta"))
+    scripted = torch.jit.script(model)
+    with pytest.raises(torch.jit.Error, match="expected images in floating point"):
+        scripted(x.byte())
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_images_under_autocast(name: str) -> None:
+    """Autocast casts what is in floating point, but for float64."""
+    model, x = _model(name).eval(), _images(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x.bfloat16().float())
+        torch.testing.assert_close(model(x.bfloat16()), expected)
+        for dtype in (torch.uint8, torch.float64):
+            with pytest.raises(TypeError, match=f"expected images in torch.float32.*got {dtype}"):
+                model(x.to(dtype))
+        with pytest.raises(TypeError, match=r"expected images in torch\.float64.*got torch\.float32"):
+            copy.deepcopy(model).double()(x)
+
+
+def test_images_that_hooks_bring_into_place() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    x = _images(1, 3, 64, 64)
+    expected = _model("test_vmamba").eval()(x)
+
+    casting = _model("test_vmamba").eval()
+    casting.stem.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    torch.testing.assert_close(casting(x.double()), expected)
+
+    offloaded = _model("test_vmamba").eval()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.stem.parameters()).is_meta
+    torch.testing.assert_close(offloaded(x), expected)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_images_that_fsdp_casts(original: bool) -> None:
+    """It hands on images in its own dtype before the stem's weights have that."""
+    mixed = MixedPrecision(param_dtype=torch.bfloat16)
+    options = {"mixed_precision": mixed, "use_orig_params": original, "device_id": torch.device("cpu")}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = _model("test_vmamba").eval()
+        model.stem = FullyShardedDataParallel(model.stem, **options)
+        assert FullyShardedDataParallel(model, **options)(_images(1, 3, 64, 64)).dtype == torch.bfloat16
+    finally:
+        dist.destroy_process_group()
 
 
 @small_models
 def test_unknown_and_bad_arguments(name: str) -> None:
-    with pytest.raises(TypeError, match="no_such_option"):
-        timm.create_model(name, no_such_option=1)
+    with pytest.raises(
+        TypeError, match=rf"^{name} has no argument 'qqq', expected one of .*\bdrop_path_rate\b.*help\("
+    ) as e:
+        timm.create_model(name, qqq=1)
+    family = type(_model(name))
+    assert f"help({family.__module__}.{family.__name__})" in str(e.value)
+    with pytest.raises(TypeError, match=rf"^{name} has no argument 'drop_path_rates', did you mean drop_path_rate"):
+        timm.create_model(name, drop_path_rates=0.1, features_only=True, out_indices=(0,))
     for options in ({"num_classes": -1}, {"drop_path_rate": 1.5}, {"drop_rate": -0.1}, {"global_pool": "median"}):
         with pytest.raises(ValueError, match=str(next(iter(options.values())))):
             timm.create_model(name, **options)
     with pytest.raises(ValueError, match="median"):
         _model(name).reset_classifier(10, "median")
+
+
+def test_arguments_that_are_taken() -> None:
+    """Those of timm, of the family and of the architecture; an error inside a model stays what it is."""
+    model = timm.create_model("test_vmamba", pretrained_cfg_overlay={"crop_pct": 1.0}, cache_dir="none", foo=None)
+    assert model.pretrained_cfg["crop_pct"] == 1.0
+    model = timm.create_model("test_ravlt", device="meta", dims=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), drop_rate=0.1)
+    assert (model.drop_rate, model.num_features) == (0.1, 8)
+    with pytest.raises(TypeError, match=r"^(?!test_vmamba has no argument)"):
+        timm.create_model("test_vmamba", depths=1)
 
 
 @small_models

@@ -8,6 +8,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import sys
 import tarfile
 import types
@@ -413,9 +414,38 @@ def test_every_misfit_is_listed(model: nn.Module, state: dict[str, Tensor], tmp_
     assert "missing (2): norm.weight, head.fc.bias" in text
     assert "unexpected (2): extra.weight, extra.bias" in text
     assert f"wrong shape (1): norm.bias is (3,), expected {tuple(state['norm.bias'].shape)}" in text
+    assert "another model" not in text
     with pytest.raises(ValueError, match="wrong shape"):
         weights.load_checkpoint(model, path, strict=False)
     _assert_bit_equal(model.state_dict(), before)
+
+
+def test_weights_of_another_model_are_not_listed_in_full(model: nn.Module, tmp_path: Path) -> None:
+    other = timm.create_model("test_nat").state_dict()
+    path = _save(other, tmp_path / "c.pth")
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in other]
+    for load in (
+        lambda: weights.load_checkpoint(model, path),
+        lambda: timm.create_model(MODEL, **_overlay(path, custom_load=True)),
+    ):
+        with pytest.raises(ValueError) as error:
+            load()
+        first, hint, *lists = str(error.value).splitlines()
+        assert first == f"{path} does not fit VMamba:"
+        assert re.fullmatch(rf"only \d+ of {len(other)} tensors fit: these seem to be weights of another model", hint)
+        assert lists[0] == f"missing ({len(missing)}): {', '.join(missing[:3])} and {len(missing) - 3} more"
+        assert [line.partition(" (")[0] for line in lists] == ["missing", "unexpected", "wrong shape"]
+        assert all(line.endswith(" more") for line in lists)
+
+
+def test_names_are_listed_in_full_where_a_part_fits(state: dict[str, Tensor]) -> None:
+    """Every name counts for someone who maps the names of a file."""
+    names = list(state)
+    mapped = {name if i % 2 else f"old.{name}": state[name] for i, name in enumerate(names)}
+    text = str(weights.compare(mapped, state))
+    assert text.startswith(f"missing ({len(names[::2])}): {', '.join(names[::2])}\nunexpected (")
+    assert " more" not in text
 
 
 def test_load_a_part(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:

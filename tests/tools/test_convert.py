@@ -155,6 +155,16 @@ def test_misfit_is_listed_and_nothing_is_written(state: dict[str, Tensor], tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
 
 
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    other = timm.create_model("nat_tiny", device="meta").state_dict()
+    source = _checkpoint(tmp_path / "c.pth", {name: torch.zeros(1).expand(x.shape) for name, x in other.items()})
+    message = r"does not fit vmamba_tiny:\nonly \d+ of \d+ tensors fit: these seem to be weights of another model\n"
+    with pytest.raises(ValueError, match=message) as error:
+        convert.run(convert.Options(source, "vmamba_tiny", tmp_path / "out.safetensors"))
+    assert len(str(error.value)) < 1000 + len(str(source))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

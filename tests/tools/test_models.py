@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_file_gets_the_table_between_its_markers(tmp_path: Path, capsys: pytest.
     assert file.read_text().count(again) == 1 and capsys.readouterr().out == ""
     models.run(Options(("test_vim",)))
     assert found in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    found = models.run(Options(("test_vim", "test_nat")))
+    out, err = capsys.readouterr()
+    assert out == f"{found}\n"
+    assert err.split("\r\x1b[K") == (
+        ["", "counting 1 of 2: test_vim", "counting 2 of 2: test_nat", ""] if terminal else [""]
+    )
 
 
 def test_what_cannot_be_done(tmp_path: Path) -> None:
