@@ -34,10 +34,12 @@ def selective_scan_bwd_kernel_gate(
     b_z = tl.load(p_z + o, mask=m, other=0.0).to(tl.float32)
     b_sigmoid = tl.sigmoid(b_z)
     b_silu = b_z * b_sigmoid
-    tl.store(p_gsum + o, (b_gy * b_silu).to(p_gsum.dtype.element_ty), mask=m)
-    if KEPT:
+    b_sum = b_z
+    if KEPT:  # before anything is stored, so that all loads are on their way at once
         b_sum = tl.load(p_sum + o, mask=m, other=0.0).to(tl.float32)
         if ADD:
             b_sum += tl.load(p_addend + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_gsum + o, (b_gy * b_silu).to(p_gsum.dtype.element_ty), mask=m)
+    if KEPT:
         b_gz = b_gy * b_sum * (b_sigmoid + b_silu * (1 - b_sigmoid))
         tl.store(p_gz + o, b_gz.to(p_gz.dtype.element_ty), mask=m)
