@@ -141,6 +141,8 @@ def prepare(
     _checks.check_tensor(_OP, "x", x)
     autocast = _library.autocast_dtype(x.device) if x.dtype != torch.float64 else None
     given = (x, dt, A, B, C, D, dt_weight, dt_bias, z, addend, initial_state)
+    if not isinstance(scale, int | float | torch.SymFloat):
+        raise TypeError(f"{_OP}: scale must be a number, got {type(scale).__name__}")
     if z is None and (addend is not None or scale != 1):
         raise ValueError(f"{_OP}: addend and scale are those of the gate: expected z with them, got None")
     key = _checks.shape_class(*given, options=(len(codes), autocast is None, out_dtype))

@@ -1,8 +1,7 @@
 """The gate behind the selective scan in Triton: one kernel behind its forward pass, one in front of its backward pass.
 
-Inside the scan's own kernels it would save one read and one write of the sum, but they take seconds to compile, and one
-more each for a scan with a gate, without, and without gradients; the sum in between is what the gradient of z needs.
-Bytes: tools/benchmarks/NOTES.md.
+Inside the scan's own kernels the gate would save little: the sum in front of it is what the gradient of z needs. And
+they take seconds to compile, again for a gate, and again for one without gradients. Bytes: tools/benchmarks/NOTES.md.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
     "dt_bias_number": (_of("dt_bias", lambda _: 0), TypeError, ("dt_bias must be a tensor", "int")),
     "z_true": (_of("z", lambda _: True), TypeError, ("z must be a tensor", "bool")),
     "addend_number": (_of("addend", lambda _: 1.0), TypeError, ("addend must be a tensor", "float")),
+    "scale_tensor": (lambda _: {"scale": torch.tensor(0.5)}, TypeError, ("scale must be a number", "Tensor")),
     "state_number": (_of("initial_state", lambda _: 0), TypeError, ("initial_state must be a tensor",)),
     # ranks and shapes
     "x_rank": (_of("x", lambda x: x[0, 0]), ValueError, ("x must be (B, H, W, E) or (B, L, E)", "(5, 6)")),

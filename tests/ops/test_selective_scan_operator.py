@@ -124,14 +124,18 @@ def test_meta_tensors_have_shapes_and_gradients(gate: bool, make_inputs: Any, co
 
 
 def test_fake_tensors_agree_with_real_ones(make_inputs: Any) -> None:
-    arguments = make_inputs(2, 9, 15, 6, state=4, gate=True)
+    arguments = make_inputs(2, 9, 15, 6, state=4, gate=True, addend=True)
+    for name in ("z", "addend"):
+        arguments[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
     call = prepare(**arguments, out_dtype=torch.float32)._replace(keep=True)
     real = torch.ops.subquad.selective_scan(*call)
+    real_grads = torch.ops.subquad.selective_scan_backward(real[0], None, *real[1:], *call)
     with FakeTensorMode() as mode:
         fake_call = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in call]
         fake = torch.ops.subquad.selective_scan(*fake_call)
+        fake_grads = torch.ops.subquad.selective_scan_backward(fake[0], None, *fake[1:], *fake_call)
     assert real[1].shape[2] == -(-9 * 15 // CHUNK) + 1
-    for expected, ours in zip(real, fake, strict=True):
+    for expected, ours in zip((*real, *real_grads), (*fake, *fake_grads), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
