@@ -346,11 +346,12 @@ def _backward_fake(
 
 
 _TENSORS = DIFFERENTIABLE + 1  # the table is one more
+_Z = ScanCall._fields.index("z")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    call = ScanCall(*inputs)
-    if call.z is not None and call.z.requires_grad and not call.keep:
+    z, keep = inputs[_Z], inputs[-1]
+    if z is not None and z.requires_grad and not keep:
         raise ValueError(f"{_OP}: the gradient of z needs the sum in front of the gate: expected keep=True, got False")
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
@@ -361,14 +362,15 @@ def _autograd(
     ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, grad_kept: None
 ) -> tuple[Tensor | None, ...]:
     states, kept, *tensors = ctx.saved_tensors
-    call = ScanCall(*tensors, *ctx.options)
+    *_, out_dtype, _, keep = ctx.options
     if grad_y is None:
-        grad_y = call.x.new_zeros(call.x.shape, dtype=call.out_dtype)
+        grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
     grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
-    grads = _backward_operator(grad_y, grad_last_state, states, kept, *call)
-    found = call if call.keep else call._replace(z=None)
-    by_input = [None if value is None else grad for grad, value in zip(grads, found[:DIFFERENTIABLE], strict=True)]
-    return (*by_input, *[None] * (len(call) - DIFFERENTIABLE))
+    grads = _backward_operator(grad_y, grad_last_state, states, kept, *tensors, *ctx.options)
+    if not keep:
+        tensors[_Z] = None
+    by_input = [None if value is None else grad for grad, value in zip(grads, tensors[:DIFFERENTIABLE], strict=True)]
+    return (*by_input, *[None] * (1 + len(ctx.options)))
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:

@@ -73,4 +73,4 @@ class ScanCall(NamedTuple):
 
     def new_kept(self) -> Tensor:
         """Memory for the kept sum; empty if nothing is kept."""
-        return self.x.new_empty(self.x.shape if self.keep else (0,), dtype=self.gate_dtype)
+        return self.x.new_empty(self.x.shape, dtype=self.gate_dtype) if self.keep else self.x.new_empty(0)

@@ -196,6 +196,21 @@ def test_views_of_one_projection_are_not_copied() -> None:
 
 
 @pytest.mark.interpret
+def test_a_gate_that_is_not_trained() -> None:
+    """Then nothing is kept for it, and the other gradients are as ever."""
+    case = Case((1, 3, 5, 6), ("row",), state=2, gate=True, addend=True)
+    arguments = {name: value.float() for name, value in inputs(case, torch.float32).items()}
+    leaves = [arguments[name].requires_grad_() for name in ("x", "addend")]
+    grads = []
+    with ops.use_backend("triton"):
+        for trained in (False, True):
+            y = ops.selective_scan(**(arguments | {"z": arguments["z"].requires_grad_(trained)}))
+            grads.append(torch.autograd.grad(y.sum(), leaves))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.interpret
 def test_backward_in_torch_from_what_triton_saved() -> None:
     """Forward and backward may run in different implementations: both save the same states and sum."""
     case = SMALL["cross several chunks"]._replace(gate=True)
