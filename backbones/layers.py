@@ -104,12 +104,15 @@ def scan_routes(
     dt_bias: Tensor,
     routes: list[int],
     initial_state: Tensor | None = None,
+    z: Tensor | None = None,
+    addend: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``selective_scan`` with A = -exp(A_log) and routes as codes (``ROUTES``): the sum, and the last states.
 
-    The sum is in x's dtype, but in float32 for float16, whose range sums of states may leave.
+    The sum is in x's dtype, but without a gate in float32 for float16, whose range sums of states may leave.
     """
-    out_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    out_dtype = torch.float32 if x.dtype == torch.float16 and z is None else x.dtype
     A = -torch.exp(_wide(A_log))
     if torch.jit.is_scripting():
         # The operator itself, because TorchScript cannot compile the checks of the public function.
@@ -117,9 +120,13 @@ def scan_routes(
         shape = x.shape
         if x.dim() == 3:
             x, dt, B, C = x.unsqueeze(1), dt.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
-        y, states = torch.ops.subquad.selective_scan(
-            x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), initial_state, None, routes, True, out_dtype
-        )
+            z = None if z is None else z.unsqueeze(1)
+            addend = None if addend is None else addend.unsqueeze(1)
+        keep = z is not None and torch.is_grad_enabled()
+        y, states, _ = torch.ops.subquad.selective_scan(
+            x, dt, A, B, C, _wide(D), _wide(dt_weight), _wide(dt_bias), initial_state, z, addend, None,
+            routes, True, out_dtype, scale, keep,
+        )  # fmt: skip
         y, state = y.reshape(shape), states[:, :, -1]
     else:
         y, state = selective_scan(
@@ -131,6 +138,9 @@ def scan_routes(
             D,
             dt_weight=dt_weight,
             dt_bias=dt_bias,
+            z=z,
+            addend=addend,
+            scale=scale,
             initial_state=initial_state,
             routes=[_ROUTE_NAMES[code] for code in routes],
             out_dtype=out_dtype,

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, lecun_normal_, trunc_normal_
 from timm.models import generate_default_cfgs, register_notrace_function
 from torch import Tensor, nn
@@ -97,20 +96,23 @@ class VimMixer(ScanParameters):
             self.out_proj.weight /= math.sqrt(depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.silu(self.gate_proj(x))
+        z = self.gate_proj(x)
         x = self.in_proj(x)
         # Cut once for both directions: gradients of parts are put together, those of slices padded and added.
         conv_weight, conv_bias = self.conv_weight.unbind(0), self.conv_bias.unbind(0)
         x_proj_weight, A_log, D = self.x_proj_weight.split(1), self.A_log.split(1), self.D.split(1)
         dt_weight, dt_bias = self.dt_weight.split(1), self.dt_bias.split(1)
-        sums: list[Tensor] = []
+        scanned: list[Tensor] = []
         for k, routes in enumerate([self.forwards, self.backwards]):
             u = convolve_tokens(x, conv_weight[k], conv_bias[k], k == 1)
             dt, B, C = self.project_by(x_proj_weight[k], u)
-            y, _ = scan_routes(u, dt, A_log[k], B, C, D[k], dt_weight[k], dt_bias[k], routes)
-            sums.append(y)  # float32 for float16
-        y = sums[0] + sums[1]
-        return self.out_proj((self.scale * y * gate).type_as(gate))
+            # The second scan gates the sum of both: one gate, as if it were in each, and read once.
+            gate, other, scale = (z, scanned[0], self.scale) if k == 1 else (None, None, 1.0)
+            y, _ = scan_routes(
+                u, dt, A_log[k], B, C, D[k], dt_weight[k], dt_bias[k], routes, z=gate, addend=other, scale=scale
+            )
+            scanned.append(y)
+        return self.out_proj(scanned[1])
 
 
 class VimBlock(nn.Module):

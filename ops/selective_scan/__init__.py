@@ -8,13 +8,19 @@ For batch b, route k, channel e, state n and step t of the route (channel e belo
     y_t[e] = sum_n C_t[g, n] h_t[n] + D[k, e] x_t[e]
 
 where x_t, dt_t, B_t, C_t are the values at the pixel that route k visits at step t, and y_t is added to the output at
-that pixel: the K routes are summed. With ``z`` the sum is multiplied by silu(z). This is the recurrence of Mamba
-(arXiv 2312.00752, equation 2 with the Euler input term) along the routes of VMamba (arXiv 2401.10166, section 4).
+that pixel: the K routes are summed. With a gate z, which is one for all routes, the output is
+
+    scale (sum_k y + addend) silu(z),
+
+as if every route were gated; ``addend`` is another map in front of the same gate, such as the other direction's scan in
+Vim (arXiv 2401.09417). This is the recurrence of Mamba (arXiv 2312.00752, equation 2 with the Euler input term, and its
+gate) along the routes of VMamba (arXiv 2401.10166, section 4).
 
 Layout is channels last everywhere; nothing is permuted, flipped or copied per route. Activations (x, dt, B, C, z) share
 one dtype: float32, bfloat16, float16 or float64; parameters are used in float32 (float64 with float64 activations).
-Steps, decays, states and the sum over routes are float32. Every floating-point argument is differentiable.
-Only inputs and one state in ``CHUNK`` steps are kept for the backward pass.
+Steps, decays, states, the sum over routes and the gate are float32. The output is rounded once; in front of a gate the
+sum of routes may be rounded to bfloat16, if inputs and output are bfloat16. Every tensor of floats is differentiable.
+Only inputs and one state in ``CHUNK`` steps are kept for the backward pass, and the sum of routes for z's gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from torch import Tensor
 
 from subquad.ops import _checks, _dispatch, _library
 from subquad.ops.selective_scan import reference
-from subquad.ops.selective_scan.call import CHUNK, ScanCall
+from subquad.ops.selective_scan.call import CHUNK, DIFFERENTIABLE, ScanCall
 from subquad.ops.selective_scan.routes import CROSS, ROUTES, route_codes
 
 __all__ = ["CHUNK", "CROSS", "ROUTES", "ScanCall", "selective_scan"]
@@ -47,6 +53,8 @@ def selective_scan(
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
     z: Tensor | None = None,
+    addend: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     routes: Sequence[str] | Tensor = ("row",),
     dt_softplus: bool = True,
@@ -63,7 +71,9 @@ def selective_scan(
         D: (K, E) skip weights.
         dt_weight: (K, E, R) expansion of a low-rank ``dt``; the expanded step is never stored.
         dt_bias: (K, E), added to the expanded step.
-        z: gate of x's shape, applied to the sum behind the kernels.
+        z: gate of x's shape, for the sum of all routes; the last states are not gated.
+        addend: map of x's shape and any of the dtypes, added to the sum of routes in front of the gate. Needs ``z``.
+        scale: factor of the gated output. Needs ``z``.
         initial_state: (B, K, E, N), the state before each route's first step.
         routes: names out of ``ROUTES``, one for each k, or an integer tensor (K, L) whose rows are permutations of the
             row-major pixel indices (not checked on a GPU: that would wait for it).
@@ -88,24 +98,21 @@ def selective_scan(
         dt_weight=dt_weight,
         dt_bias=dt_bias,
         z=z,
+        addend=addend,
+        scale=scale,
         initial_state=initial_state,
         routes=routes,
         dt_softplus=dt_softplus,
         out_dtype=out_dtype,
     )
-    result_dtype = call.out_dtype
-    if z is not None:
-        call = call._replace(out_dtype=_parameter_dtype(call.x))
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.
         y, last_state = reference.scan(call)
     else:
-        y, states = _operator(*call)
+        y, states, _ = _operator(*call)
         last_state = states[:, :, -1] if return_last_state else states
     if x.dim() == 3:
         y = y.squeeze(1)
-    if z is not None:
-        y = (y * torch.nn.functional.silu(z.to(y.dtype))).to(result_dtype)
     if return_last_state:
         return y, last_state
     return y
@@ -122,6 +129,8 @@ def prepare(
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
     z: Tensor | None = None,
+    addend: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     routes: Sequence[str] | Tensor = ("row",),
     dt_softplus: bool = True,
@@ -131,7 +140,11 @@ def prepare(
     codes = route_codes(routes)
     _checks.check_tensor(_OP, "x", x)
     autocast = _library.autocast_dtype(x.device) if x.dtype != torch.float64 else None
-    given = (x, dt, A, B, C, D, dt_weight, dt_bias, z, initial_state)
+    given = (x, dt, A, B, C, D, dt_weight, dt_bias, z, addend, initial_state)
+    if not isinstance(scale, int | float | torch.SymFloat):
+        raise TypeError(f"{_OP}: scale must be a number, got {type(scale).__name__}")
+    if z is None and (addend is not None or scale != 1):
+        raise ValueError(f"{_OP}: addend and scale are those of the gate: expected z with them, got None")
     key = _checks.shape_class(*given, options=(len(codes), autocast is None, out_dtype))
     if not _passed.has(key):
         _check_tensors(*given, out_dtype, len(codes))
@@ -139,11 +152,13 @@ def prepare(
     table = _prepare_table(routes, x) if isinstance(routes, Tensor) else None
     if autocast is not None:
         x, dt, B, C = (value.to(autocast) for value in (x, dt, B, C))
+        z = None if z is None else z.to(autocast)
     wide = _parameter_dtype(x)
     if B.dim() == x.dim() + 1:
         B, C = B.unsqueeze(-2), C.unsqueeze(-2)
     if x.dim() == 3:
         x, dt, B, C = (value.unsqueeze(1) for value in (x, dt, B, C))
+        z, addend = (None if value is None else value.unsqueeze(1) for value in (z, addend))
     D, dt_weight, dt_bias, initial_state = (
         value if value is None or value.dtype == wide else value.to(wide)
         for value in (D, dt_weight, dt_bias, initial_state)
@@ -158,10 +173,14 @@ def prepare(
         dt_weight=dt_weight,
         dt_bias=dt_bias,
         initial_state=initial_state,
+        z=z,
+        addend=addend,
         table=table,
         routes=codes,
         dt_softplus=bool(dt_softplus),
         out_dtype=out_dtype or x.dtype,
+        scale=float(scale),
+        keep=z is not None and z.requires_grad and torch.is_grad_enabled(),
     )
 
 
@@ -178,6 +197,7 @@ def _check_tensors(
     dt_weight: Tensor | None,
     dt_bias: Tensor | None,
     z: Tensor | None,
+    addend: Tensor | None,
     initial_state: Tensor | None,
     out_dtype: torch.dtype | None,
     k: int,
@@ -189,16 +209,25 @@ def _check_tensors(
         raise ValueError(f"{_OP}: x must not have an empty map or no channels, got shape {tuple(x.shape)}")
     maps = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
     parameters = {"A": A, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "initial_state": initial_state}
+    parameters |= {"addend": addend}  # in a dtype of its own, as these
     for name, value in {**maps, **parameters}.items():
         if value is not None or name in ("dt", "A", "B", "C"):
             _checks.check_tensor(_OP, name, value)
-    _check_map_shapes(x, dt, A, B, C, dt_weight, z, k)
+    _check_map_shapes(x, dt, A, B, C, dt_weight, z, addend, k)
     _check_parameter_shapes(x, A, D, dt_bias, initial_state, k)
     _check_dtypes_and_devices(maps, parameters, out_dtype)
 
 
 def _check_map_shapes(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_weight: Tensor | None, z: Tensor | None, k: int
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_weight: Tensor | None,
+    z: Tensor | None,
+    addend: Tensor | None,
+    k: int,
 ) -> None:
     """Check what has an entry for each pixel, and A and dt_weight, which say how many entries."""
     lead, dim = tuple(x.shape[:-1]), x.shape[-1]
@@ -225,8 +254,9 @@ def _check_map_shapes(
             )
         _checks.check_shape(_OP, "B", B, f"({stars}, K, G, N)", (*lead, k, groups, state))
         _checks.check_shape(_OP, "C", C, f"({stars}, K, G, N)", B.shape)
-    if z is not None:
-        _checks.check_shape(_OP, "z", z, f"({stars}, E)", x.shape)
+    for name, value in (("z", z), ("addend", addend)):
+        if value is not None:
+            _checks.check_shape(_OP, name, value, f"({stars}, E)", x.shape)
 
 
 def _check_parameter_shapes(
@@ -277,75 +307,101 @@ def _parameter_dtype(x: Tensor) -> torch.dtype:
 
 _CALL_SCHEMA = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
-    "Tensor? initial_state, Tensor? table, int[] routes, bool dt_softplus, ScalarType out_dtype"
+    "Tensor? initial_state, Tensor? z, Tensor? addend, Tensor? table, int[] routes, bool dt_softplus, "
+    "ScalarType out_dtype, float scale, bool keep"
 )
 """The fields of ScanCall, in order."""
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ScanCall(*args)
     return _dispatch.choose_inside(_OP, call).forward(call)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = ScanCall(*args)
     batch, height, width, dim = call.x.shape
     chunks = (height * width + CHUNK - 1) // CHUNK + 1
     y = call.x.new_empty(call.x.shape, dtype=call.out_dtype)
     state_shape = (batch, len(call.routes), chunks, dim, call.A.shape[-1])
-    return y, call.x.new_empty(state_shape, dtype=_parameter_dtype(call.x))
+    return y, call.x.new_empty(state_shape, dtype=_parameter_dtype(call.x)), call.new_kept()
 
 
-def _backward(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(
+    grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, kept: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     call = ScanCall(*args)
-    grads = _dispatch.choose_inside(_OP, call).backward(call, states, grad_y, grad_last_state)
+    grads = _dispatch.choose_inside(_OP, call).backward(call, states, kept, grad_y, grad_last_state)
     return tuple(call.x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _backward_fake(grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    grad_y: Tensor, grad_last_state: Tensor | None, states: Tensor, kept: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     call = ScanCall(*args)
-    return tuple(call.x.new_empty(0) if value is None else value.new_empty(value.shape) for value in call[:9])
+    if not call.keep:
+        call = call._replace(z=None)
+    inputs = call[:DIFFERENTIABLE]
+    return tuple(call.x.new_empty(0) if value is None else value.new_empty(value.shape) for value in inputs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+_TENSORS = DIFFERENTIABLE + 1  # the table is one more
+_Z = ScanCall._fields.index("z")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, keep = inputs[_Z], inputs[-1]
+    if z is not None and z.requires_grad and not keep:
+        raise ValueError(f"{_OP}: the gradient of z needs the sum in front of the gate: expected keep=True, got False")
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:10])
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
 
 
-def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
-    states, *tensors = ctx.saved_tensors
+def _autograd(
+    ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, grad_kept: None
+) -> tuple[Tensor | None, ...]:
+    states, kept, *tensors = ctx.saved_tensors
+    *_, out_dtype, _, keep = ctx.options
     if grad_y is None:
-        *_, out_dtype = ctx.options
         grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
     grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
-    grads = _backward_operator(grad_y, grad_last_state, states, *tensors, *ctx.options)
-    by_input = [grad if value is not None else None for grad, value in zip(grads, tensors[:9], strict=True)]
-    return (*by_input, None, None, None, None)
+    grads = _backward_operator(grad_y, grad_last_state, states, kept, *tensors, *ctx.options)
+    if not keep:
+        tensors[_Z] = None
+    by_input = [None if value is None else grad for grad, value in zip(grads, tensors[:DIFFERENTIABLE], strict=True)]
+    return (*by_input, *[None] * (1 + len(ctx.options)))
 
 
 def _flops(*args: Any, out_shape: Any = None) -> int:
-    """9 operations a state and step as in upstream's count, 2 for the skip, 2 R for expanding a low-rank step."""
+    """9 operations a state and step as in upstream's count, 2 for the skip, 2 R for expanding a low-rank step.
+
+    And for an output 4 of the gate (its sigmoid and three products) and 1 for the addend.
+    """
     shapes = ScanCall(*args)
     batch, height, width, dim = shapes.x
-    steps = batch * height * width * len(shapes.routes) * dim
+    outputs = batch * height * width * dim
     rank = shapes.dt[-1] if shapes.dt_weight is not None else 0
-    return steps * (9 * shapes.A[-1] + 2 + 2 * rank)
+    gate = 0 if shapes.z is None else 4 + (shapes.addend is not None)
+    return outputs * (len(shapes.routes) * (9 * shapes.A[-1] + 2 + 2 * rank) + gate)
 
 
-def _backward_flops(grad_y: Any, grad_last_state: Any, states: Any, *args: Any, out_shape: Any = None) -> int:
+def _backward_flops(
+    grad_y: Any, grad_last_state: Any, states: Any, kept: Any, *args: Any, out_shape: Any = None
+) -> int:
     """The recomputed forward pass and twice as much for the gradients."""
     return 3 * _flops(*args)
 
 
 _operator = _library.define(
-    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor)", fake=_forward_fake, flops=_flops
+    _OP, _forward, schema=f"({_CALL_SCHEMA}) -> (Tensor, Tensor, Tensor)", fake=_forward_fake, flops=_flops
 )
 _operator.register_autograd(_autograd, setup_context=_setup_context)
 _backward_operator = _library.define(
     f"{_OP}_backward",
     _backward,
-    schema=f"(Tensor grad_y, Tensor? grad_last_state, Tensor states, {_CALL_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    schema=f"(Tensor grad_y, Tensor? grad_last_state, Tensor states, Tensor kept, {_CALL_SCHEMA}) "
+    f"-> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
     fake=_backward_fake,
     flops=_backward_flops,
 )

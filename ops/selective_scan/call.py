@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]
-"""Of x, dt, A, B, C, D, dt_weight, dt_bias, initial_state, in this order; None for an absent argument."""
+"""Of the first ``DIFFERENTIABLE`` fields of a call, in order; None for an absent argument."""
+
+DIFFERENTIABLE: Final = 11
 
 CHUNK = 64
 """Pixels between two saved states: a route of L steps saves ceil(L / CHUNK) + 1 states.
@@ -32,10 +34,14 @@ class ScanCall(NamedTuple):
         dt_weight: (K, E, R) or None.
         dt_bias: (K, E) or None.
         initial_state: (B, K, E, N) or None.
+        z: gate (B, H, W, E) or None; nothing looks at ``addend``, ``scale`` and ``keep`` without it.
+        addend: (B, H, W, E) or None.
         table: (K, L) pixel indices where ``routes`` says TABLE, or None.
         routes: K route codes.
         dt_softplus: whether the step is softplus(dt + bias) or dt + bias.
         out_dtype: dtype of the merged output.
+        scale: factor of the gated output.
+        keep: whether the forward pass keeps the sum of routes in front of the gate, for the gradient of z.
     """
 
     x: Tensor
@@ -47,7 +53,24 @@ class ScanCall(NamedTuple):
     dt_weight: Tensor | None
     dt_bias: Tensor | None
     initial_state: Tensor | None
+    z: Tensor | None
+    addend: Tensor | None
     table: Tensor | None
     routes: list[int]
     dt_softplus: bool
     out_dtype: torch.dtype
+    scale: float
+    keep: bool
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """Dtype of the sum of routes in front of the gate, and of its gradient: bfloat16 if inputs and output are.
+
+        But not float16, whose range sums of states may leave.
+        """
+        narrow = self.x.dtype == self.out_dtype == torch.bfloat16
+        return torch.bfloat16 if narrow else self.A.dtype
+
+    def new_kept(self) -> Tensor:
+        """Memory for the kept sum; empty if nothing is kept."""
+        return self.x.new_empty(self.x.shape, dtype=self.gate_dtype) if self.keep else self.x.new_empty(0)

@@ -25,14 +25,16 @@ from torch import Tensor
 
 from subquad.ops._loop import scan
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
+from subquad.ops.selective_scan.gate import gated
 from subquad.ops.selective_scan.routes import REVERSED, route_order
 
 SPAN = 32
 """Steps walked at once; a divisor of CHUNK. Longer spans pad small maps more, shorter ones hand over more often."""
 
 
-def export_form(*args: Any) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as the operator ``subquad::selective_scan``: merged output (B, H, W, E), states.
+def export_form(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as the operator ``subquad::selective_scan``: merged output (B, H, W, E), states, and
+    the kept sum.
 
     Made for ``ExportedProgram.run_decompositions({torch.ops.subquad.selective_scan.default: export_form})``; batch,
     height and width may be symbolic. Computes in float32 (float64 for float64 inputs).
@@ -62,8 +64,8 @@ def export_form(*args: Any) -> tuple[Tensor, Tensor]:
     y = y.reshape(routes, length, batch, dim).sum(0)  # (L, B, E)
     if call.D is not None:
         y = y + call.D.to(working).sum(0) * x
-    y = y.transpose(0, 1).reshape(batch, height, width, dim).to(call.out_dtype)
-    return y, _states(call, enter, last, spans)
+    y, kept = gated(call, y.transpose(0, 1).reshape(batch, height, width, dim))
+    return y, _states(call, enter, last, spans), kept
 
 
 class _Walk(NamedTuple):

@@ -25,7 +25,11 @@ def scan(call: ScanCall) -> tuple[Tensor, Tensor]:
         y, state = _scan_route(call, k, x[:, order], order, working)
         merged = merged.index_add(1, order, y)
         last_states.append(state)
-    return merged.reshape(call.x.shape).to(call.out_dtype), torch.stack(last_states, dim=1)
+    y = merged.reshape(call.x.shape)
+    if call.z is not None:
+        other = 0 if call.addend is None else call.addend.to(working)
+        y = call.scale * (y + other) * F.silu(call.z.to(working))
+    return y.to(call.out_dtype), torch.stack(last_states, dim=1)
 
 
 def _scan_route(call: ScanCall, k: int, u: Tensor, order: Tensor, working: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.selective_scan.call import CHUNK, Gradients, ScanCall
+from subquad.ops.selective_scan.call import CHUNK, DIFFERENTIABLE, Gradients, ScanCall
+from subquad.ops.selective_scan.gate import gate_gradients, gated
 from subquad.ops.selective_scan.routes import COLUMN, REVERSED, ROUTES, TABLE
 
 _WORKING_SET_CPU = 2**18
@@ -37,8 +38,17 @@ _WIDE = 16
 """A step over 1 / _WIDE of the working set is long enough for the pixels of a segment to need no blocks."""
 
 
-def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Merged output (B, H, W, E) in ``out_dtype`` and the saved states that ``call.CHUNK`` describes."""
+def forward(call: ScanCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Merged output (B, H, W, E) in ``out_dtype``, the saved states that ``call.CHUNK`` describes, and the kept sum."""
+    if call.z is None:
+        return (*_forward(call), call.new_kept())
+    merged, states = _forward(call._replace(out_dtype=call.A.dtype))
+    y, kept = gated(call, merged)
+    return y, states, kept
+
+
+def _forward(call: ScanCall) -> tuple[Tensor, Tensor]:
+    """The same without a gate."""
     batch, height, width, dim = call.x.shape
     working = call.A.dtype
     chunks = math.ceil(height * width / CHUNK)
@@ -79,15 +89,16 @@ def _forward_route(route: _Route, out: Tensor, saved: Tensor) -> None:
         by_state[:, -1] = state.unflatten(1, route.A.shape)
 
 
-def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
-    """Gradients of the call's first nine fields, each of its field's shape and dtype; None for an absent one.
+def backward(call: ScanCall, states: Tensor, kept: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
+    """Gradients of a call, each of its field's shape and dtype; None for an absent one, and for z if no sum was kept.
 
     Args:
         call: as in the forward pass.
-        states: what the forward pass of this or another implementation saved.
+        states, kept: what the forward pass of this or another implementation saved.
         grad_y: (B, H, W, E).
         grad_last_state: (B, K, E, N) or None.
     """
+    grad_sum, grad_z, grad_addend = gate_gradients(call, kept, grad_y)
     grads = call._replace(
         x=call.x.new_empty(call.x.shape),
         dt=call.dt.new_empty(call.dt.shape),
@@ -98,11 +109,15 @@ def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Te
         dt_weight=_zeros_like(call.dt_weight),
         dt_bias=_zeros_like(call.dt_bias),
         initial_state=_zeros_like(call.initial_state),
+        z=grad_z,
+        addend=grad_addend,
     )
     for images in _image_slices(call):
         last = None if grad_last_state is None else grad_last_state[images]
-        _backward_images(_take_images(call, images), _take_images(grads, images), states[images], grad_y[images], last)
-    return grads[:9]
+        _backward_images(
+            _take_images(call, images), _take_images(grads, images), states[images], grad_sum[images], last
+        )
+    return grads[:DIFFERENTIABLE]
 
 
 def _backward_images(

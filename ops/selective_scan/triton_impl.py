@@ -38,6 +38,7 @@ from subquad.ops.selective_scan._triton_forward import (
     selective_scan_fwd_kernel,
     selective_scan_fwd_kernel_states,
 )
+from subquad.ops.selective_scan._triton_gate import gate_gradients, gated
 from subquad.ops.selective_scan._triton_plan import (
     Config,
     Plan,
@@ -99,13 +100,20 @@ def _compile_ahead(call: ScanCall, config: Config) -> None:
             _backward(meta, states, y, None, default_config("backward", call))
 
 
-def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Merged output and saved states of a canonical call (see call.py)."""
+def forward(call: ScanCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Merged output, saved states and kept sum of a canonical call (see call.py)."""
 
-    def run(config: Config) -> tuple[Tensor, Tensor]:
+    routes = call if call.z is None else call._replace(z=None, addend=None, out_dtype=call.gate_dtype)
+
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         if call.A.shape[-1] > 1:
-            return _triton_many.forward(call, config, default_config("backward", call))
-        return _forward(call, config)
+            y, states = _triton_many.forward(routes, config, default_config("backward", call))
+        else:
+            y, states = _forward(routes, config)
+        if call.z is None:
+            return y, states, call.new_kept()
+        y, kept = gated(call, y)
+        return y, states, kept
 
     return run(config_for("forward", call, run))
 
@@ -165,13 +173,14 @@ def _forward(call: ScanCall, config: Config) -> tuple[Tensor, Tensor]:
     return y, states
 
 
-def backward(call: ScanCall, states: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
-    """Gradients of a canonical call from its saved states, each in its input's dtype."""
-
-    backward_of = _triton_many.backward if call.A.shape[-1] > 1 else _backward
+def backward(call: ScanCall, states: Tensor, kept: Tensor, grad_y: Tensor, grad_last_state: Tensor | None) -> Gradients:
+    """Gradients of a canonical call from what its forward pass saved, each in its input's dtype."""
 
     def run(config: Config) -> Gradients:
-        return backward_of(call, states.contiguous(), grad_y.contiguous(), grad_last_state, config)
+        grad_sum, grad_z, grad_addend = gate_gradients(call, kept, grad_y)
+        backward_of = _triton_many.backward if call.A.shape[-1] > 1 else _backward
+        grads = backward_of(call, states.contiguous(), grad_sum.contiguous(), grad_last_state, config)
+        return (*grads, grad_z, grad_addend)
 
     return run(config_for("backward", call, run))
 

@@ -32,6 +32,7 @@ def _make_inputs(
     skip: bool = True,
     bias: bool = True,
     gate: bool = False,
+    addend: bool = False,
     initial: bool = False,
     softplus: bool = True,
 ) -> Arguments:
@@ -63,13 +64,15 @@ def _make_inputs(
         "dt_bias": (normal(k, dim) - 2 if softplus else normal(k, dim).abs() * 0.1) if bias else None,
         "z": normal(*lead, dim) if gate else None,
         "initial_state": normal(batch, k, dim, state) if initial else None,
+        "addend": normal(*lead, dim) if addend else None,
+        "scale": 0.5 if addend else None,
     }
     return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
 def _convert(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     """The arguments in another precision; parameters stay in float32 with 16-bit activations."""
-    activations = ("x", "dt", "B", "C", "z")
+    activations = ("x", "dt", "B", "C", "z", "addend")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         name: value.to(dtype if name in activations else wide)

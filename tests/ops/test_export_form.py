@@ -36,6 +36,7 @@ CASES: dict[str, Arguments] = {
     "no skip, no bias": {"height": 9, "width": 11, "skip": False, "bias": False},
     "initial state": {"height": 9, "width": 11, "state": 4, "initial": True},
     "reversed column": {"height": 9, "width": 11, "routes": ("column_reversed",), "state": 2},
+    "gate": {"height": 9, "width": 11, "gate": True, "addend": True, "state": 4},
     "sequence": {"height": 10, "width": 15, "sequence": True, "routes": ("row", "row_reversed"), "initial": True},
     "tables": {"height": 7, "width": 19, "routes": _tables(7 * 19), "state": 2, "initial": True},
     "empty batch": {"batch": 0, "height": 9, "width": 11},
@@ -46,7 +47,7 @@ CASES: dict[str, Arguments] = {
 def test_equals_the_reference_in_float64(case: Arguments, make_inputs: Callable[..., Arguments]) -> None:
     call = prepare(**make_inputs(**case))
     expected, last = reference.scan(call)
-    y, states = export_form(*call)
+    y, states, _ = export_form(*call)
     # Where the operator is the identity, above 20, the export form adds the 2e-9 that softplus has there.
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(states[:, :, -1], last, rtol=1e-9, atol=1e-9)
@@ -58,7 +59,7 @@ def test_float32_stays_within_rounding(
 ) -> None:
     arguments = make_inputs(height=15, width=21, state=state)
     expected, _ = reference.scan(prepare(**arguments))
-    y, _ = export_form(*prepare(**convert(arguments, torch.float32)))
+    y, _, _ = export_form(*prepare(**convert(arguments, torch.float32)))
     assert y.dtype == torch.float32
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -71,7 +72,7 @@ def test_extreme_steps_keep_their_precision(
     arguments = make_inputs(height=6, width=13, state=2, skip=False)
     arguments["dt_bias"] = torch.full_like(arguments["dt_bias"], bias)
     expected, _ = reference.scan(prepare(**arguments))
-    y, _ = export_form(*prepare(**convert(arguments, torch.float32)))
+    y, _, _ = export_form(*prepare(**convert(arguments, torch.float32)))
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -81,7 +82,7 @@ def test_16_bit_activations_give_the_asked_for_dtype(
 ) -> None:
     arguments = convert(make_inputs(height=5, width=9), dtype)
     call = prepare(**arguments, out_dtype=torch.float32)
-    y, states = export_form(*call)
+    y, states, _ = export_form(*call)
     assert y.dtype == states.dtype == torch.float32
     torch.testing.assert_close(y, reference.scan(call)[0], rtol=1e-5, atol=1e-5)
     assert export_form(*prepare(**arguments))[0].dtype == dtype
@@ -92,7 +93,7 @@ def test_states_are_those_that_enter_each_chunk(length: int, make_inputs: Callab
     routes = ("row", "row_reversed")
     arguments = make_inputs(height=1, width=length, dim=3, state=2, routes=routes, sequence=True, initial=True)
     call = prepare(**arguments)
-    _, states = export_form(*call)
+    _, states, _ = export_form(*call)
     chunks = -(-length // CHUNK)
     assert states.shape == (2, 2, chunks + 1, 3, 2)  # and the last state
     for i in range(chunks):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subquad import ops
 from subquad.ops import selective_scan as scan_function
 from subquad.ops.selective_scan import CHUNK, CROSS, ROUTES, ScanCall, prepare, torch_impl
+from subquad.ops.selective_scan.call import DIFFERENTIABLE
 from subquad.ops.selective_scan.routes import route_order
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -51,11 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
     "no_softplus_full_rank": {"softplus": False, "rank": None, "bias": False},
     "no_skip_no_bias": {"skip": False, "bias": False},
     "gate": {"gate": True},
+    "gate_addend": {"gate": True, "addend": True},
+    "gate_addend_states_one_route": {"gate": True, "addend": True, "state": 4, "routes": ("row_reversed",)},
     "initial_state": {"initial": True},
     "initial_state_states_groups": {"initial": True, "state": 4, "groups": 2},
-    "everything": {"initial": True, "gate": True, "state": 4, "groups": 2, "rank": 3},
+    "everything": {"initial": True, "gate": True, "addend": True, "state": 4, "groups": 2, "rank": 3},
     "sequence": {"sequence": True, "routes": ("row", "row_reversed"), "initial": True},
-    "one_pixel": {"height": 1, "width": 1, "initial": True},
+    "sequence_gate": {"sequence": True, "routes": ("row",), "gate": True, "addend": True},
+    "one_pixel": {"height": 1, "width": 1, "initial": True, "gate": True, "addend": True},
     "one_channel": {"dim": 1, "rank": 1},
     "one_row": {"height": 1, "width": 130, "batch": 1, "initial": True},
     "one_column": {"height": 67, "width": 1, "batch": 1},
@@ -114,11 +118,21 @@ def test_many_images_of_one_step_need_no_blocks(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     "options",
     [
-        {"height": 4, "width": 3, "dim": 2, "batch": 1, "state": 2, "gate": True, "initial": True, "rank": 1},
+        {
+            "height": 4,
+            "width": 3,
+            "dim": 2,
+            "batch": 1,
+            "state": 2,
+            "gate": True,
+            "addend": True,
+            "initial": True,
+            "rank": 1,
+        },
         {"height": 3, "width": 3, "dim": 4, "batch": 1, "groups": 2, "routes": _table(1, 9), "rank": None},
         {"height": 2, "width": 5, "dim": 2, "batch": 2, "routes": ("row_reversed",), "softplus": False},
     ],
-    ids=["low_rank_gate_state", "groups_table", "no_softplus"],
+    ids=["low_rank_gate_addend_state", "groups_table", "no_softplus"],
 )
 def test_gradcheck(options: dict[str, Any], make_inputs: Any) -> None:
     arguments = make_inputs(**options)
@@ -212,7 +226,7 @@ STATE_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", STATE_CASES.values(), ids=STATE_CASES.keys())
 def test_saved_states(options: dict[str, Any], working_set: None, make_inputs: Any) -> None:
     call = prepare(**make_inputs(**options))
-    _, states = torch_impl.forward(call)
+    _, states, _ = torch_impl.forward(call)
     expected = _expected_states(call)
     assert states.shape == expected.shape
     assert torch.allclose(states, expected, rtol=0, atol=EXACT * max(1.0, expected.abs().max().item()))
@@ -225,8 +239,8 @@ def test_backward_from_states_of_another_implementation(options: dict[str, Any],
     call = prepare(**arguments)
     y = expected["y"]
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
-    grads = torch_impl.backward(call, _expected_states(call), grad_y, None)
-    for name, grad in zip(ScanCall._fields[:9], grads, strict=True):
+    grads = torch_impl.backward(call, _expected_states(call), call.new_kept(), grad_y, None)
+    for name, grad in zip(ScanCall._fields[:DIFFERENTIABLE], grads, strict=True):
         if name in arguments:
             assert grad is not None
             assert torch.allclose(grad.view_as(expected[name]), expected[name], rtol=0, atol=1e-11)
@@ -267,24 +281,109 @@ def test_steps_grow_slower_than_the_sequence(make_inputs: Any) -> None:
     for length in (1024, 4096):
         call = prepare(**make_inputs(batch=1, height=1, width=length, dim=2, routes=("row",)))
         with _CountOperators() as mode:
-            _, states = torch_impl.forward(call)
-            torch_impl.backward(call, states, torch.ones_like(call.x), None)
+            _, states, kept = torch_impl.forward(call)
+            torch_impl.backward(call, states, kept, torch.ones_like(call.x), None)
         counts.append(mode.count)
     assert counts[1] < 2.2 * counts[0]
+
+
+# Gate ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("state", [1, 4])
+def test_one_gate_of_the_sum_is_the_gate_of_every_route(state: int, backend: str, make_inputs: Any, run: Any) -> None:
+    """Mamba's formula, a route at a time and differentiated by autograd."""
+    arguments = make_inputs(state=state, gate=True, addend=True)
+
+    def by_route(**values: Any) -> Tensor:
+        z, addend, scale, routes = (values.pop(name) for name in ("z", "addend", "scale", "routes"))
+        gate = z / (1 + torch.exp(-z))
+        total = addend * gate
+        for k, route in enumerate(routes):
+            own = {name: values[name][..., k : k + 1, :] for name in ("dt", "B", "C")}
+            own |= {name: values[name][k : k + 1] for name in ("A", "D", "dt_weight", "dt_bias")}
+            total = total + scan_function(**(values | own), routes=(route,)) * gate
+        return scale * total
+
+    leaves = {name: value.clone().requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
+    with ops.use_backend("reference"):
+        y = by_route(**(arguments | leaves))
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+        grads = torch.autograd.grad(y, [*leaves.values()], cotangent)
+    expected = {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    results = run(arguments, backend, state_gradient=False)
+    del results["last_state"]
+    _assert_near(results, expected, lambda _, value: EXACT * value.abs().max().item())
+
+
+def test_only_a_gate_that_is_trained_keeps_the_sum(make_inputs: Any, run: Any) -> None:
+    arguments = make_inputs(gate=True, addend=True)
+    expected = run(arguments, state_gradient=False)
+    leaf = arguments["x"].requires_grad_()
+    y = scan_function(**arguments)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+    assert torch.equal(torch.autograd.grad(y, leaf, cotangent)[0], expected["x"])
+    assert prepare(**arguments).new_kept().numel() == 0
+    arguments["z"].requires_grad_()
+    assert prepare(**arguments).new_kept().shape == y.shape
+    with torch.no_grad():
+        assert prepare(**arguments).new_kept().numel() == 0
+    call = prepare(**arguments)._replace(keep=False)
+    with pytest.raises(ValueError, match=r"gradient of z .* expected keep=True, got False"):
+        torch.ops.subquad.selective_scan(*call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gated_output_is_rounded_once(dtype: torch.dtype, make_inputs: Any, convert: Any) -> None:
+    """Though routes, addend and gate are summed and multiplied: within half a step of the 16-bit numbers."""
+    arguments = convert(make_inputs(height=9, width=15, gate=True, addend=True), dtype)
+    with ops.use_backend("reference"):
+        expected = scan_function(**convert(arguments, torch.float64))
+    error = (scan_function(**arguments).double() - expected).abs()
+    float32 = 1e-5 * expected.abs().max()  # of the scan, some hundred roundings
+    assert (error <= torch.finfo(dtype).eps / 2 * expected.abs() + float32).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_addend_and_its_gradient_in_float32(dtype: torch.dtype, make_inputs: Any, convert: Any) -> None:
+    arguments = convert(make_inputs(gate=True, addend=True), dtype)
+    narrow = scan_function(**arguments)
+    leaf = arguments["addend"].float().requires_grad_()
+    y = scan_function(**(arguments | {"addend": leaf}))
+    assert torch.equal(y, narrow) and y.dtype == dtype
+    (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    expected = 0.5 * torch.nn.functional.silu(arguments["z"].double())
+    # From a bfloat16 output it is a number of that dtype, as the gradient that enters.
+    tolerance = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(grad.double(), expected, rtol=tolerance, atol=0)
+
+
+def test_gate_of_a_sum_beyond_float16(make_inputs: Any, convert: Any) -> None:
+    arguments = convert(make_inputs(skip=False, gate=True), torch.float16)
+    arguments |= {"C": arguments["C"] * 4000, "x": arguments["x"] * 100, "z": arguments["z"] * 0.01}
+    leaves = [arguments[name].requires_grad_() for name in ("x", "z")]
+    y = scan_function(**arguments)
+    ungated = scan_function(**(arguments | {"z": None, "out_dtype": torch.float32}))
+    assert ungated.abs().max() > torch.finfo(torch.float16).max
+    grads = torch.autograd.grad(y, leaves, torch.full_like(y, 1e-3))
+    assert all(value.isfinite().all() for value in (y, *grads))
 
 
 # Layouts and dtypes ----------------------------------------------------------------------------------------------
 
 
 def test_noncontiguous_inputs(make_inputs: Any, run: Any) -> None:
-    arguments = make_inputs(state=4, gate=True, initial=True, height=5, width=7)
+    arguments = make_inputs(state=4, gate=True, addend=True, initial=True, height=5, width=7)
     strided = {
         name: value.movedim(-1, 1).contiguous().movedim(1, -1) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
     joined = torch.cat([arguments["dt"], arguments["B"], arguments["C"]], dim=-1)
     strided["dt"], strided["B"], strided["C"] = joined.split([2, 4, 4], dim=-1)
-    assert not any(value.is_contiguous() for name, value in strided.items() if name in ("x", "dt", "A", "B", "z"))
+    assert not any(
+        value.is_contiguous() for name, value in strided.items() if name in ("x", "dt", "A", "B", "z", "addend")
+    )
     expected, results = run(arguments), run(strided)
     _assert_near(results, expected, lambda _, value: EXACT * value.abs().max().item())
 
@@ -306,7 +405,9 @@ def test_noncontiguous_cotangent(make_inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"state": 4, "gate": True, "initial": True}, {"rank": None, "groups": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"state": 4, "gate": True, "addend": True, "initial": True}, {"rank": None, "groups": 2}]
+)
 def test_16_bit_inputs_lose_only_the_rounding_of_results(
     options: dict[str, Any], dtype: torch.dtype, make_inputs: Any, convert: Any, run: Any
 ) -> None:
@@ -315,7 +416,7 @@ def test_16_bit_inputs_lose_only_the_rounding_of_results(
     noise = run(convert(arguments, torch.float32), "reference")
     results = run(arguments)
     for name, value in expected.items():
-        rounding = torch.finfo(dtype).eps if name in ("x", "dt", "B", "C", "z") else 0.0
+        rounding = torch.finfo(dtype).eps if name in ("x", "dt", "B", "C", "z", "addend") else 0.0
         assert results[name].dtype == (dtype if rounding else torch.float32)
         floor = 20 * (noise[name].double() - value).abs().max() + 2e-6 * value.abs().max()
         tiny = torch.finfo(dtype).tiny if rounding else 0.0
@@ -351,13 +452,9 @@ def test_autocast_casts_activations_and_keeps_parameters(dtype: torch.dtype, mak
     with torch.autocast("cpu", dtype):
         y, last_state = scan_function(**arguments, return_last_state=True)
         y.float().sum().backward()
-    expected, expected_state = scan_function(**convert(arguments, dtype) | {"z": None}, return_last_state=True)
-    with torch.no_grad():
-        exact = scan_function(**convert(arguments, dtype) | {"z": None, "out_dtype": torch.float32})
-        gated = exact * torch.nn.functional.silu(arguments["z"])
-    assert y.dtype == expected.dtype == dtype
+    expected, expected_state = scan_function(**convert(arguments, dtype), return_last_state=True)
+    assert torch.equal(y, expected) and y.dtype == dtype
     assert torch.equal(last_state, expected_state) and last_state.dtype == torch.float32
-    assert torch.equal(y, gated.to(dtype))
     for leaf in leaves.values():
         assert leaf.grad is not None and leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all()
 

@@ -21,7 +21,7 @@ def _of(name: str, function: Callable[[Tensor], object]) -> Change:
 
 
 def _empty_map(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name][:, :0] for name in ("x", "dt", "B", "C", "z")}
+    return {name: arguments[name][:, :0] for name in ("x", "dt", "B", "C", "z", "addend")}
 
 
 # name: (what to change in good arguments, exception, fragments of the message)
@@ -37,6 +37,8 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
     "dt_weight_array": (_of("dt_weight", lambda w: w.numpy()), TypeError, ("dt_weight must be a tensor",)),
     "dt_bias_number": (_of("dt_bias", lambda _: 0), TypeError, ("dt_bias must be a tensor", "int")),
     "z_true": (_of("z", lambda _: True), TypeError, ("z must be a tensor", "bool")),
+    "addend_number": (_of("addend", lambda _: 1.0), TypeError, ("addend must be a tensor", "float")),
+    "scale_tensor": (lambda _: {"scale": torch.tensor(0.5)}, TypeError, ("scale must be a number", "Tensor")),
     "state_number": (_of("initial_state", lambda _: 0), TypeError, ("initial_state must be a tensor",)),
     # ranks and shapes
     "x_rank": (_of("x", lambda x: x[0, 0]), ValueError, ("x must be (B, H, W, E) or (B, L, E)", "(5, 6)")),
@@ -86,6 +88,13 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
         ("dt_weight must have shape (K, E, R) = (4, 6, 2)", "(4, 2, 6)"),
     ),
     "z_shape": (_of("z", lambda z: z[..., :1]), ValueError, ("z must have shape (B, H, W, E)", "(2, 4, 5, 1)")),
+    "addend_shape": (
+        _of("addend", lambda a: a[:, :1]),
+        ValueError,
+        ("addend must have shape (B, H, W, E) = (2, 4, 5, 6)", "(2, 1, 5, 6)"),
+    ),
+    "addend_alone": (lambda _: {"z": None, "scale": 1.0}, ValueError, ("addend and scale", "expected z", "got None")),
+    "scale_alone": (lambda _: {"z": None, "addend": None}, ValueError, ("addend and scale", "expected z", "got None")),
     "state_shape": (
         _of("initial_state", lambda s: s[:, 0]),
         ValueError,
@@ -102,12 +111,14 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
     "z_dtype": (_of("z", lambda z: z.half()), TypeError, ("z must be of dtype float32", "float16")),
     "A_dtype": (_of("A", lambda A: A.int()), TypeError, ("A must be of dtype", "int32")),
     "D_dtype": (_of("D", lambda D: D.bool()), TypeError, ("D must be of dtype", "bool")),
+    "addend_dtype": (_of("addend", lambda a: a.long()), TypeError, ("addend must be of dtype", "int64")),
     "state_dtype": (_of("initial_state", lambda s: s.long()), TypeError, ("initial_state must be of dtype", "int64")),
     "out_dtype": (lambda _: {"out_dtype": torch.int32}, TypeError, ("out_dtype", "int32")),
     # devices
     "dt_device": (_of("dt", lambda dt: dt.to("meta")), ValueError, ("dt is on meta", "cpu")),
     "A_device": (_of("A", lambda A: A.to("meta")), ValueError, ("A is on meta", "cpu")),
     "z_device": (_of("z", lambda z: z.to("meta")), ValueError, ("z is on meta", "cpu")),
+    "addend_device": (_of("addend", lambda a: a.to("meta")), ValueError, ("addend is on meta", "cpu")),
     "state_device": (_of("initial_state", lambda s: s.to("meta")), ValueError, ("initial_state is on meta", "cpu")),
     # routes
     "route_name": (lambda _: {"routes": ("row", "column", "snake", "row")}, ValueError, ("'snake'", "column_reversed")),
@@ -148,7 +159,7 @@ BAD: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
 def test_bad_arguments(
     change: Change, exception: type[Exception], fragments: tuple[str, ...], make_inputs: Any, convert: Any
 ) -> None:
-    arguments = convert(make_inputs(2, 4, 5, 6, state=3, gate=True, initial=True), torch.float32)
+    arguments = convert(make_inputs(2, 4, 5, 6, state=3, gate=True, addend=True, initial=True), torch.float32)
     selective_scan(**arguments)
     with pytest.raises(exception) as raised:
         selective_scan(**(arguments | change(arguments)))

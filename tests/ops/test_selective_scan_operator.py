@@ -17,7 +17,7 @@ SMALL = {"batch": 1, "height": 3, "width": 5, "dim": 4, "state": 2}
 OPTIONS = pytest.mark.parametrize(
     "options",
     [
-        {"initial": True},
+        {"initial": True, "gate": True, "addend": True},
         {"skip": False, "bias": False, "rank": None},
         {"groups": 2, "routes": torch.stack([torch.arange(15).flip(0)] * 2), "softplus": False},
     ],
@@ -25,8 +25,11 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
-def _operator_arguments(arguments: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-    return tuple(prepare(**arguments, out_dtype=dtype))
+def _operator_arguments(
+    arguments: dict[str, Any], dtype: torch.dtype = torch.float64, keep: bool = False
+) -> tuple[Any, ...]:
+    call = prepare(**arguments, out_dtype=dtype)
+    return tuple(call._replace(keep=call.z is not None and (call.keep or keep)))
 
 
 @OPTIONS
@@ -41,12 +44,12 @@ def test_opcheck_forward(options: dict[str, Any], make_inputs: Any) -> None:
 @OPTIONS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_backward(options: dict[str, Any], dtype: torch.dtype, make_inputs: Any, convert: Any) -> None:
-    operator_arguments = _operator_arguments(convert(make_inputs(**SMALL, **options), dtype), dtype)
-    y, states = torch.ops.subquad.selective_scan(*operator_arguments)
+    operator_arguments = _operator_arguments(convert(make_inputs(**SMALL, **options), dtype), dtype, keep=True)
+    y, states, kept = torch.ops.subquad.selective_scan(*operator_arguments)
     for grad_last_state in (None, torch.ones_like(states[:, :, -1])):
         torch.library.opcheck(
             torch.ops.subquad.selective_scan_backward.default,
-            (torch.ones_like(y), grad_last_state, states, *operator_arguments),
+            (torch.ones_like(y), grad_last_state, states, kept, *operator_arguments),
         )
 
 
@@ -85,10 +88,11 @@ def test_compiles_under_autocast(make_inputs: Any, convert: Any) -> None:
     assert torch.equal(ours, function(arguments["x"]))
 
 
+@pytest.mark.parametrize("gate", [0, 4, 5], ids=["plain", "gate", "addend"])
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("state", [1, 4])
-def test_flop_counts(rank: int | None, state: int, make_inputs: Any) -> None:
-    arguments = make_inputs(2, 3, 5, 6, state=state, rank=rank)
+def test_flop_counts(rank: int | None, state: int, gate: int, make_inputs: Any) -> None:
+    arguments = make_inputs(2, 3, 5, 6, state=state, rank=rank, gate=gate > 0, addend=gate == 5)
     arguments["x"].requires_grad_()
     with FlopCounterMode(display=False) as forward:
         y = selective_scan(**arguments)
@@ -96,14 +100,15 @@ def test_flop_counts(rank: int | None, state: int, make_inputs: Any) -> None:
         y.sum().backward()
     steps = 2 * 3 * 5 * 4 * 6
     # A state's step: 2 for exp(d A), 2 for d B x, 2 for the recurrence, 2 for C h, 1 for what d takes; skip: 2.
-    expected = steps * (9 * state + 2 + 2 * (rank or 0))
+    # An output's gate: 1 for the sigmoid and 3 products; 1 for the addend.
+    expected = steps * (9 * state + 2 + 2 * (rank or 0)) + 2 * 3 * 5 * 6 * gate
     assert forward.get_total_flops() == expected
     assert backward.get_total_flops() == 3 * expected
 
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_meta_tensors_have_shapes_and_gradients(gate: bool, make_inputs: Any, convert: Any) -> None:
-    arguments = convert(make_inputs(2, 9, 15, 6, state=4, initial=True, gate=gate), torch.bfloat16)
+    arguments = convert(make_inputs(2, 9, 15, 6, state=4, initial=True, gate=gate, addend=gate), torch.bfloat16)
     meta = {
         name: value.to("meta").requires_grad_() if isinstance(value, Tensor) else value
         for name, value in arguments.items()
@@ -119,14 +124,18 @@ def test_meta_tensors_have_shapes_and_gradients(gate: bool, make_inputs: Any, co
 
 
 def test_fake_tensors_agree_with_real_ones(make_inputs: Any) -> None:
-    arguments = make_inputs(2, 9, 15, 6, state=4)
-    call = prepare(**arguments, out_dtype=torch.float32)
+    arguments = make_inputs(2, 9, 15, 6, state=4, gate=True, addend=True)
+    for name in ("z", "addend"):
+        arguments[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+    call = prepare(**arguments, out_dtype=torch.float32)._replace(keep=True)
     real = torch.ops.subquad.selective_scan(*call)
+    real_grads = torch.ops.subquad.selective_scan_backward(real[0], None, *real[1:], *call)
     with FakeTensorMode() as mode:
         fake_call = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in call]
         fake = torch.ops.subquad.selective_scan(*fake_call)
+        fake_grads = torch.ops.subquad.selective_scan_backward(fake[0], None, *fake[1:], *fake_call)
     assert real[1].shape[2] == -(-9 * 15 // CHUNK) + 1
-    for expected, ours in zip(real, fake, strict=True):
+    for expected, ours in zip((*real, *real_grads), (*fake, *fake_grads), strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 

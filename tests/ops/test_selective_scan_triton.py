@@ -24,6 +24,9 @@ ROWS = ("row", "row_reversed")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 
 
+ACTIVATIONS = ("x", "dt", "B", "C", "z")
+
+
 class Case(NamedTuple):
     shape: tuple[int, int, int, int]
     routes: Sequence[str] | Tensor = CROSS
@@ -34,6 +37,8 @@ class Case(NamedTuple):
     last_state: bool = False
     initial: bool = False
     out: torch.dtype = torch.float32
+    gate: bool = False
+    addend: bool = False
 
 
 SMALL = {
@@ -54,12 +59,27 @@ SMALL = {
     "index table": Case(
         (2, 5, 14, 8), torch.stack([torch.randperm(70, generator=torch.Generator()) for _ in range(3)])
     ),
+    "gate": Case((2, 3, 5, 8), gate=True),
+    "gate, several chunks": Case(
+        (1, 9, 15, 5), ("row", "row_reversed"), rank=None, gate=True, addend=True, initial=True
+    ),
+    "gate, N=16": Case((1, 1, 9, 6), ("row",), state=16, gate=True, addend=True),
+    "gate, N=2 one reversed route": Case((1, 1, 3, 17), ("row_reversed",), state=2, rank=None, gate=True),
+    "gate, N=3": Case((1, 5, 7, 6), ROWS, state=3, gate=True, addend=True, last_state=True),
+    "gate, one pixel": Case((1, 1, 1, 5), ("row",), state=4, gate=True, addend=True),
+    "gate, 16-bit output": Case((1, 5, 7, 8), gate=True, addend=True, out=torch.float16),
+    "gate, 16-bit output, N=2": Case((1, 5, 7, 8), ("row",), state=2, gate=True, addend=True, out=torch.float16),
     "16-bit output": Case((1, 5, 7, 8), out=torch.float16),
     "16-bit output, forward routes": Case((1, 5, 7, 8), ("row", "column"), out=torch.float16),
 }
 LARGE = {
     "56x56": Case((2, 56, 56, 96), rank=6),
     "28x20 N=16": Case((3, 28, 20, 48), state=16, rank=6),
+    "gate": Case((5, 28, 20, 96), rank=6, gate=True, addend=True),
+    "gate, N=16": Case((3, 28, 20, 48), state=16, rank=6, gate=True),
+    "gate, N=16 one route, 16-bit output": Case(
+        (7, 1, 197, 96), ("row_reversed",), state=16, rank=12, gate=True, addend=True, out=torch.bfloat16
+    ),
     "14x14": Case((9, 14, 14, 96), rank=24),
     "7x7": Case((19, 7, 7, 96), rank=48),
     "one long image": Case((1, 61, 67, 40), rank=5, last_state=True, initial=True),
@@ -91,21 +111,25 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         result |= {"D": normal(k, dim), "dt_bias": normal(k, dim) - 2}
     if case.initial:
         result["initial_state"] = normal(batch, k, dim, n)
-    narrow = {name: value.to(dtype).double() for name, value in result.items() if name in ("x", "dt", "B", "C")}
-    return result | narrow
+    if case.gate:
+        result["z"] = normal(*case.shape)
+    if case.addend:
+        result["addend"] = normal(*case.shape)
+    return result | {name: value.to(dtype).double() for name, value in result.items() if name in ACTIVATIONS}
 
 
 def run(case: Case, arguments: dict[str, Tensor], dtype: torch.dtype, backend: str, device: str) -> dict[str, Tensor]:
     """Output, last state and all gradients, in float64 on the CPU."""
     leaves = {}
     for name, value in arguments.items():
-        narrow = dtype if name in ("x", "dt", "B", "C") or dtype == torch.float64 else torch.float32
+        narrow = dtype if name in ACTIVATIONS or dtype == torch.float64 else torch.float32
         leaves[name] = value.to(device, narrow, copy=True).requires_grad_()
     with ops.use_backend(backend):
         y, state = ops.selective_scan(
             **leaves,
             routes=case.routes.to(device) if isinstance(case.routes, Tensor) else case.routes,
             dt_softplus=case.softplus,
+            scale=0.5 if case.addend else 1.0,
             out_dtype=torch.float64 if dtype == torch.float64 else case.out,
             return_last_state=True,
         )
@@ -119,11 +143,15 @@ def run(case: Case, arguments: dict[str, Tensor], dtype: torch.dtype, backend: s
     return {name: value.detach().double().cpu() for name, value in found.items()}
 
 
+def tolerance_of(case: Case, dtype: torch.dtype) -> float:
+    return TOLERANCE[dtype if case.out == torch.float32 else torch.bfloat16]
+
+
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
     arguments = inputs(case, dtype)
     expected = run(case, arguments, torch.float64, "reference", "cpu")
     found = run(case, arguments, dtype, "triton", device)
-    tolerance = TOLERANCE[dtype if case.out == torch.float32 else torch.bfloat16]
+    tolerance = tolerance_of(case, dtype)
     errors = {
         # A gradient that is zero but for rounding (A of a single step) is compared with a unit scale.
         name: ((found[name] - value).norm() / value.norm().clamp_min(1e-3)).item()
@@ -140,7 +168,7 @@ def test_interpreted_fp32(name: str, poisoned_memory: None) -> None:
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["cross", "N=16", "full-rank steps", "16-bit output"])
+@pytest.mark.parametrize("name", ["cross", "N=16", "full-rank steps", "16-bit output", "gate, 16-bit output, N=2"])
 def test_interpreted_fp16(name: str, poisoned_memory: None) -> None:
     check(SMALL[name], torch.float16, "cpu")
 
@@ -159,23 +187,41 @@ def test_views_of_one_projection_are_not_copied() -> None:
         # Equal strides and adjacent offsets, but the numbers of a row are not adjacent.
         B, C, _ = torch.stack([arguments["B"], arguments["C"], arguments["B"]], dim=-1).unbind(-1)
         apart = ops.selective_scan(**(arguments | {"B": B, "C": C}), routes=CROSS)
+        gated = ops.selective_scan(**arguments, z=arguments["x"], addend=arguments["x"], routes=CROSS)
+        gated_strided = ops.selective_scan(**arguments, z=transposed, addend=transposed, routes=CROSS)
     assert torch.equal(separate, together)
     assert torch.equal(separate, apart)
     assert torch.equal(separate, strided)
+    assert torch.equal(gated, gated_strided)
 
 
 @pytest.mark.interpret
-def test_backward_in_torch_from_states_of_triton() -> None:
-    """Forward and backward may run in different implementations: both save the same states."""
-    case = SMALL["cross several chunks"]
+def test_a_gate_that_is_not_trained() -> None:
+    """Then nothing is kept for it, and the other gradients are as ever."""
+    case = Case((1, 3, 5, 6), ("row",), state=2, gate=True, addend=True)
     arguments = {name: value.float() for name, value in inputs(case, torch.float32).items()}
-    x = arguments["x"].requires_grad_()
+    leaves = [arguments[name].requires_grad_() for name in ("x", "addend")]
+    grads = []
+    with ops.use_backend("triton"):
+        for trained in (False, True):
+            y = ops.selective_scan(**(arguments | {"z": arguments["z"].requires_grad_(trained)}))
+            grads.append(torch.autograd.grad(y.sum(), leaves))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.interpret
+def test_backward_in_torch_from_what_triton_saved() -> None:
+    """Forward and backward may run in different implementations: both save the same states and sum."""
+    case = SMALL["cross several chunks"]._replace(gate=True)
+    arguments = {name: value.float() for name, value in inputs(case, torch.float32).items()}
+    leaves = [arguments[name].requires_grad_() for name in ("x", "z")]
     grads = []
     for first, second in (("triton", "torch"), ("torch", "triton")):
         with ops.use_backend(first):
             y = ops.selective_scan(**arguments, routes=case.routes)
         with ops.use_backend(second):
-            grads.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+            grads.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # rounding of two orders of summation
 
 
@@ -226,7 +272,7 @@ def test_gpu_large(name: str, dtype: torch.dtype, poisoned_memory: None) -> None
     found = run(case, arguments, dtype, "triton", "cuda")
     for key, value in expected.items():
         error = ((found[key] - value).norm() / value.norm().clamp_min(1e-3)).item()
-        assert error < TOLERANCE[dtype], f"{key}: {error}"
+        assert error < tolerance_of(case, dtype), f"{key}: {error}"
 
 
 @pytest.mark.gpu

@@ -71,10 +71,10 @@ def test_models_run_leaves_rows_and_plots(quick: dict[str, Any], capsys: pytest.
 def test_a_wrong_model_gets_no_time(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     forward = torch_impl.forward
 
-    def wrong_in_single_precision(call: ScanCall) -> tuple[Tensor, Tensor]:
-        y, states = forward(call)
+    def wrong_in_single_precision(call: ScanCall) -> tuple[Tensor, Tensor, Tensor]:
+        y, states, kept = forward(call)
         # y is mostly 4 x at the start, and the norm behind the scan undoes a scale: another error than one of scale
-        return (y + call.x.flip(-1), states) if call.x.dtype == torch.float32 else (y, states)
+        return (y + call.x.flip(-1) if call.x.dtype == torch.float32 else y), states, kept
 
     monkeypatch.setattr(torch_impl, "forward", wrong_in_single_precision)
     (row,) = _run_models(quick, core_off=False, latency=False)
