@@ -332,7 +332,7 @@ def test_workers_end_with_the_process_that_started_them(write: Callable[..., Pat
         from subquad.ops import _compile, _compile_worker
         import triton
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        _compile._Workers(1).submit(_compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}), Turn.NOW)
+        _compile._Workers(1).submit(_compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}), _compile.Turn.NOW)
         while not (os.path.exists({str(log)!r}) and open({str(log)!r}).read()): time.sleep(0.02)
         os.kill(int(open({str(log)!r}).read()), signal.SIGINT)
         time.sleep(0.5)
