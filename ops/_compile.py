@@ -267,7 +267,8 @@ class _Workers:
     """Processes that compile kernels, each started when a job finds none that is idle, and ended after some idle time.
 
     A thread of this process talks to each. They are daemons: this process does not wait for them when it ends, and
-    then the other processes' input ends too.
+    then the other processes' input ends too. A quarter of the processes take only jobs that a call waits for, which
+    others would keep waiting for seconds.
 
     Args:
         most: processes at a time.
@@ -284,6 +285,8 @@ class _Workers:
         self._waiting: list[tuple[Turn, int, Job, Future[None]]] = []
         self._number = itertools.count()
         self._running = self._idle = 0
+        self._early = 0  # processes at jobs that no call waits for yet
+        self._most_early = max(1, most - most // 4)
 
     def submit(self, job: Job, turn: Turn) -> Future[None]:
         """Something to wait for until the job was tried, which is after those of earlier turns."""
@@ -303,23 +306,29 @@ class _Workers:
                 if waiting is done and turn < old:
                     self._waiting[i] = turn, number, job, done
                     heapq.heapify(self._waiting)
+                    self._changed.notify()
                     return
 
-    def _next(self) -> tuple[Job, Future[None]] | None:
+    def _next(self) -> tuple[Turn, Job, Future[None]] | None:
         """A job, waited for with patience; without one the thread that asks is no longer counted."""
         with self._changed:
             self._idle += 1
-            self._changed.wait_for(lambda: self._waiting, self._patience)
+            self._changed.wait_for(self._may_start, self._patience)
             self._idle -= 1
-            if self._waiting:
-                return heapq.heappop(self._waiting)[2:]
-            self._running -= 1
-            return None
+            if not self._may_start():
+                self._running -= 1
+                return None
+            turn, _, job, done = heapq.heappop(self._waiting)
+            self._early += turn is not Turn.NOW
+            return turn, job, done
+
+    def _may_start(self) -> bool:
+        return bool(self._waiting) and (self._waiting[0][0] is Turn.NOW or self._early < self._most_early)
 
     def _serve(self) -> None:
-        worker: _Worker | None = None
+        worker = self._start()  # at once, whichever job is the first that it may take
         while (next_ := self._next()) is not None:
-            job, done = next_
+            turn, job, done = next_
             try:
                 worker = worker or self._start()
                 if worker is not None:
@@ -329,6 +338,9 @@ class _Workers:
                     worker.end()
                 worker = None
             finally:
+                with self._changed:
+                    self._early -= turn is not Turn.NOW
+                    self._changed.notify()
                 done.set_result(None)
         if worker is not None:
             worker.end()

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.depthwise_conv._triton_kernels import (
     depthwise_conv_bwd_kernel,
     depthwise_conv_bwd_kernel_sums,
@@ -173,7 +174,8 @@ def _compile_ahead(call: ConvCall) -> None:
     meta = _triton.on_meta(call)
     with _compile.compiling_ahead(call.x.device):
         y = forward(meta)
-        if call.x.requires_grad or call.weight.requires_grad:
+    if call.x.requires_grad or call.weight.requires_grad:
+        with _compile.compiling_ahead(call.x.device, Turn.GRADIENTS):
             backward(meta, y)
 
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.gated_linear_attention._triton_backward import gated_linear_attention_bwd_kernel
 from subquad.ops.gated_linear_attention._triton_forward import (
     gated_linear_attention_chain_kernel,
@@ -177,7 +178,8 @@ def _compile_ahead(call: GatedCall, config: Config) -> None:
     meta = _triton.on_meta(call)
     with _compile.compiling_ahead(call.q.device):
         out = _forward(meta, config)
-        if any(value.requires_grad for value in call[:4]):
+    if any(value.requires_grad for value in call[:4]):
+        with _compile.compiling_ahead(call.q.device, Turn.GRADIENTS):
             _backward(meta, out, _default_config("backward", call))
 
 

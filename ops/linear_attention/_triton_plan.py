@@ -116,10 +116,21 @@ class Plan(NamedTuple):
 _plans: _triton.Plans[Plan] = _triton.Plans()
 
 
-def plan_for(which: str, call: AttentionCall, config: Config, grad_o: Tensor | None = None) -> Plan:
-    """The plan of a call's shape class: all that the kernels are compiled for."""
+def plan_for(
+    which: str,
+    call: AttentionCall,
+    config: Config,
+    grad_o: Tensor | None = None,
+    on_new: Callable[[], None] | None = None,
+) -> Plan:
+    """The plan of a call's shape class: all that the kernels are compiled for.
+
+    Args:
+        which: "forward" or "backward".
+        on_new: see ``Plans.get``.
+    """
     key = (which, config, call.normalizer, call.feature_map, *map(_triton.facts, (*call[:7], grad_o)))
-    return _plans.get(key, call.v, lambda: _make_plan(call, config, grad_o))
+    return _plans.get(key, call.v, lambda: _make_plan(call, config, grad_o), on_new)
 
 
 def _make_plan(call: AttentionCall, config: Config, grad_o: Tensor | None) -> Plan:

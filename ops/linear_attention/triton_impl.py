@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.linear_attention._triton_backward import linear_attention_bwd_kernel
 from subquad.ops.linear_attention._triton_forward import (
     linear_attention_fwd_kernel,
@@ -34,6 +36,7 @@ from subquad.ops.linear_attention._triton_plan import (
     Plan,
     as_rows,
     config_for,
+    default_config,
     plan_for,
     readable,
 )
@@ -50,6 +53,16 @@ class _Sums(NamedTuple):
     sum: Tensor
 
 
+def _compile_ahead(call: AttentionCall) -> None:
+    """Compile the kernels of a call that is about to run for the first time at once, and those of its gradients."""
+    meta = _triton.on_meta(call)
+    with _compile.compiling_ahead(call.v.device):
+        o, statistics = _forward(meta, default_config("forward", call))
+    if any(value is not None and value.requires_grad for value in call[:5]):
+        with _compile.compiling_ahead(call.v.device, Turn.GRADIENTS):
+            _backward(meta, statistics, o, default_config("backward", call))
+
+
 def forward(call: AttentionCall) -> tuple[Tensor, Statistics]:
     """Output (B, M, H, E) in v's dtype and the statistics that the backward pass needs."""
     call = readable(call)
@@ -57,7 +70,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Statistics]:
 
 
 def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
-    plan = plan_for("forward", call, config)
+    plan = plan_for("forward", call, config, on_new=lambda: _compile_ahead(call))
     batch, tokens, heads, dim = call.q.shape
     values = call.v.shape[-1]
     o = call.v.new_empty((batch, tokens, heads, values))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops.neighborhood_attention._triton_backward import (
     neighborhood_attention_bwd_kernel_extra,
     neighborhood_attention_bwd_kernel_keys,
@@ -50,7 +51,8 @@ def _compile_ahead(call: NeighborhoodCall) -> None:
     meta = _triton.on_meta(call)
     with _compile.compiling_ahead(call.q.device):
         o, lse = _forward(meta, default_config("forward", call))
-        if call.q.requires_grad:
+    if call.q.requires_grad:
+        with _compile.compiling_ahead(call.q.device, Turn.GRADIENTS):
             rows, *_ = _backward_queries(meta, o, lse, o, lse, default_config("queries", call))
             _backward_keys(meta, o, rows, default_config("keys", call))
             if call.extra:

@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops._triton_attention import pad_gradient, strides_of, with_rows
 from subquad.ops.region_attention._triton_kernels import (
     region_attention_bwd_kernel_keys,
@@ -168,7 +169,8 @@ def _compile_ahead(call: RegionCall) -> None:
     meta = _triton.on_meta(call)
     with _compile.compiling_ahead(call.q.device):
         o, lse = _forward(meta, default_config("forward", call))
-        if call.q.requires_grad:
+    if call.q.requires_grad:
+        with _compile.compiling_ahead(call.q.device, Turn.GRADIENTS):
             rows, *_ = _backward_queries(meta, o, o, lse, default_config("queries", call))
             _backward_keys(meta, o, rows, default_config("keys", call))
 

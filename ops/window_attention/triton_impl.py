@@ -22,7 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.ops import _triton
+from subquad.ops import _compile, _triton
+from subquad.ops._compile import Turn
 from subquad.ops._triton_attention import pad_gradient, strides_of, with_rows
 from subquad.ops.window_attention._triton_kernels import (
     window_attention_bwd_kernel,
@@ -116,17 +117,25 @@ class _Plan(NamedTuple):
 _plans: _triton.Plans[_Plan] = _triton.Plans()
 
 
-def _plan_for(which: str, call: WindowCall, inputs: _Inputs, config: Config, *more: Tensor) -> _Plan:
+def _plan_for(
+    which: str,
+    call: WindowCall,
+    inputs: _Inputs,
+    config: Config,
+    *more: Tensor,
+    on_new: Callable[[], None] | None = None,
+) -> _Plan:
     """The plan of a call's shape class: all that the kernels are compiled for.
 
     Args:
         which: "forward" or "backward".
         more: tensors besides ``inputs`` that the kernels see.
+        on_new: see ``Plans.get``.
     """
     options = (*call.window, *call.shift, *call[8:])
     absent = call.k is None, call.table is None, call.pad_k is None, call.pad_v is None
     key = (which, config, options, absent, *map(_triton.facts, inputs), *map(_triton.facts, more))
-    return _plans.get(key, call.q, lambda: _make_plan(call, inputs, config))
+    return _plans.get(key, call.q, lambda: _make_plan(call, inputs, config), on_new)
 
 
 def _make_plan(call: WindowCall, inputs: _Inputs, config: Config) -> _Plan:
@@ -195,6 +204,16 @@ def _spread_bias(call: WindowCall, plan: _Plan, inputs: _Inputs) -> Tensor:
     return bias
 
 
+def _compile_ahead(call: WindowCall) -> None:
+    """Compile the kernels of a call that is about to run for the first time at once, and those of its gradients."""
+    meta = _triton.on_meta(call)
+    with _compile.compiling_ahead(call.q.device):
+        o, lse = _forward(meta, default_config("forward", call))
+    if any(value is not None and value.requires_grad for value in call[:6]):
+        with _compile.compiling_ahead(call.q.device, Turn.GRADIENTS):
+            _backward(meta, o, o, lse, default_config("backward", call))
+
+
 def forward(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, heads, E) in q's dtype and lse (B, H, W, heads) in float32."""
     return _forward(call, _config_for("forward", call, lambda config: _forward(call, config)))
@@ -203,7 +222,7 @@ def forward(call: WindowCall) -> tuple[Tensor, Tensor]:
 def _forward(call: WindowCall, config: Config) -> tuple[Tensor, Tensor]:
     inputs = _inputs(call)
     q, k, v = inputs[:3]
-    plan = _plan_for("forward", call, inputs, config)
+    plan = _plan_for("forward", call, inputs, config, on_new=lambda: _compile_ahead(call))
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     with torch.cuda.device_of(q):

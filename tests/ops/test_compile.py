@@ -22,7 +22,9 @@ import torch
 from subquad.ops import _compile, _compile_worker, _triton, depthwise_conv, neighborhood_attention
 from subquad.ops._compile import Turn
 from subquad.ops.layer_norm import prepare_sum
+from subquad.ops.linear_attention import prepare as prepare_linear
 from subquad.ops.selective_scan import CROSS, prepare
+from subquad.ops.window_attention import prepare as prepare_windows
 
 triton = pytest.importorskip("triton", reason="needs triton, which this torch came without")
 
@@ -144,8 +146,18 @@ def _neighborhood() -> tuple[str, Any]:
     return "neighborhood_attention", neighborhood_attention.prepare(2, *(_leaf(1, 8, 8, 2, 32) for _ in range(3)), 3)
 
 
+def _linear() -> tuple[str, Any]:
+    """Few images and heads, many tokens: two sweeps and what adds their sums up."""
+    return "linear_attention", prepare_linear(*(_leaf(1, 2048, 1, 16) for _ in range(3)), feature_map="elu1")
+
+
+def _window() -> tuple[str, Any]:
+    table = torch.empty(25, 2, device="meta").requires_grad_()
+    return "window_attention", prepare_windows(*(_leaf(1, 6, 6, 2, 32) for _ in range(3)), 3, 1, table=table)
+
+
 @needs_ptxas
-@pytest.mark.parametrize("make", [_scan, _conv, _norm, _neighborhood])
+@pytest.mark.parametrize("make", [_scan, _conv, _norm, _neighborhood, _linear, _window])
 def test_finds_what_workers_compiled(
     make: Callable[[], tuple[str, Any]], gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +312,28 @@ def test_jobs_take_turns(write: Callable[..., Path], workers: _compile._Workers,
     assert (tmp_path / "order").read_text().split() == order
 
 
+def test_a_quarter_of_the_workers_is_kept_for_calls_that_wait(
+    write: Callable[..., Path], gpu: None, tmp_path: Path
+) -> None:
+    pool = _compile._Workers(4, patience=2)
+    code = "open(os.path.dirname(__file__) + '/' + __name__ + '.started', 'w')\n"
+    hangs = "while not os.path.exists(os.path.dirname(__file__) + '/go'): time.sleep(0.01)\n"
+    early = [f"early_{i}" for i in range(5)]
+    for name in early:
+        write(name, code + hangs)
+    write("wanted", code)
+    jobs = [pool.submit(_job(name), Turn.NEXT) for name in early]
+    _wait_for(lambda: len(list(tmp_path.glob("*.started"))) == 3)
+    pool.submit(_job("wanted"), Turn.NOW).result(timeout=60)
+    assert len(list(tmp_path.glob("early*.started"))) == 3
+    pool.hurry(jobs[-1], Turn.NOW)  # its call came
+    _wait_for(lambda: (tmp_path / "early_4.started").exists())
+    assert not (tmp_path / "early_3.started").exists()
+    (tmp_path / "go").touch()
+    for done in jobs:
+        done.result(timeout=60)
+
+
 @pytest.mark.parametrize("d_state", [1, 16])
 def test_stages_compiled_ahead_are_those_of_a_model(d_state: int, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stage's scan has all kernels compiled that the forward passes of VMamba-T's other stages launch."""
@@ -332,7 +366,8 @@ def test_workers_end_with_the_process_that_started_them(write: Callable[..., Pat
         from subquad.ops import _compile, _compile_worker
         import triton
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        _compile._Workers(1).submit(_compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}), _compile.Turn.NOW)
+        job = _compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}})
+        _compile._Workers(1).submit(job, _compile.Turn.NOW)
         while not (os.path.exists({str(log)!r}) and open({str(log)!r}).read()): time.sleep(0.02)
         os.kill(int(open({str(log)!r}).read()), signal.SIGINT)
         time.sleep(0.5)
