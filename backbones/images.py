@@ -43,11 +43,14 @@ def check_images(x: torch.Tensor, in_chans: int, weight: torch.Tensor | None = N
 def first_weight(stem: nn.Module) -> torch.Tensor | None:
     """What the first layer multiplies images by, None where that is not yet known.
 
-    It is not where images or weights are moved or cast on their way to the layer, by hooks (accelerate's included) or
-    by FSDP, nor in a replica of ``DataParallel``.
+    It is not where images or weights are moved or cast on their way to the layer, by hooks (accelerate's included), by
+    FSDP or by somebody's own module, nor in a replica of ``DataParallel``.
     """
     for module in stem.modules():
-        if module._forward_pre_hooks or "forward" in vars(module) or "_fsdp_wrapped_module" in module._modules:
+        ours = type(module).__module__.partition(".")[0] in ("subquad", "timm", "torch")
+        if not ours or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        if "_fsdp_wrapped_module" in module._modules:
             return None
         for weight in module._parameters.values():
             return weight if type(weight) is nn.Parameter and weight.dim() == 4 else None

@@ -129,6 +129,11 @@ def _entry_point(
                 f"cannot fetch the weights of {name!r} from {url}: {error}; "
                 "without a network give the file as a checkpoint"
             ) from error
+        except RuntimeError as error:
+            where = _where_weights_are(name)
+            if not where or not str(error).startswith("No pretrained weights"):
+                raise
+            raise RuntimeError(f"{str(error).rstrip('.')}{where}") from error
 
     return entry
 

@@ -329,7 +329,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         found, wanted = (self.fitting + len(self.misshaped) + len(rest) for rest in (self.unexpected, self.missing))
-        foreign = self.fitting < _FAMILIAR * min(found, wanted)
+        foreign = min(found, wanted) >= _TELLING and self._familiar < _FAMILIAR * min(found, wanted)
         shapes = [f"{name} is {have}, expected {want}" for name, (have, want) in self.misshaped.items()]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
         lines = [
@@ -341,9 +341,18 @@ class Difference(NamedTuple):
             lines.insert(0, f"only {self.fitting} of {found} tensors fit: these seem to be weights of another model")
         return "\n".join(lines)
 
+    @property
+    def _familiar(self) -> int:
+        """How many tensors fit, or have an expected name with something in front of it."""
+        below = {name[i + 1 :] for name in self.unexpected for i, letter in enumerate(name) if letter == "."}
+        return self.fitting + sum(name in below for name in self.missing)
+
 
 _FAMILIAR = 0.25
-"""Share of tensors that fit from which on it helps to see every name that does not."""
+"""Share of familiar tensors from which on it helps to see every name that does not fit."""
+
+_TELLING = 8
+"""Tensors from which on their names say whose they are: a file may hold a head alone."""
 
 
 def compare(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:

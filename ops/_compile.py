@@ -30,7 +30,7 @@ from subquad.ops._compile_worker import Job, settle_hash
 
 
 class Turn(IntEnum):
-    """The order in which kernels are compiled."""
+    """The order in which processes compile kernels; threads only tell those of a call from others."""
 
     NOW = 0
     """The call is about to run."""
@@ -41,8 +41,10 @@ class Turn(IntEnum):
 
 
 class _Ahead(threading.local):
-    device: torch.device | None = None
-    turn = Turn.NOW
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self.turn = Turn.NOW
+        self.started: list[object] = []
 
 
 _ahead = _Ahead()
@@ -50,14 +52,17 @@ _jobs: dict[object, Future[None]] = {}
 
 
 @contextmanager
-def compiling_ahead(device: torch.device, turn: Turn = Turn.NOW) -> Iterator[None]:
+def compiling_ahead(device: torch.device, turn: Turn = Turn.NOW) -> Iterator[list[object]]:
     """Inside, launchers made on this thread launch nothing: they start to compile, for ``device``, in the background.
 
     A pass that runs inside on meta tensors so has all of its kernels compiled at once, and while an earlier pass runs.
+
+    Yields:
+        what was started inside; kernels that are in Triton's cache, or were started before, are not in it.
     """
-    _ahead.device, _ahead.turn = device, turn
+    _ahead.device, _ahead.turn, _ahead.started = device, turn, []
     try:
-        yield
+        yield _ahead.started
     finally:
         _ahead.device = None
 
@@ -70,11 +75,6 @@ def is_compiling_ahead() -> bool:
 def device_ahead() -> torch.device | None:
     """The device that this thread compiles for, inside ``compiling_ahead``."""
     return _ahead.device
-
-
-def next_widths(channels: int) -> list[int]:
-    """How many times as many channels the next stages of most models have; none of more than 1,024, the widest."""
-    return [factor for factor in (2, 4, 8) if channels * factor <= 1024]
 
 
 def start(job: object, kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> None:
@@ -94,9 +94,11 @@ def start(job: object, kernel: Any, arguments: Sequence[Any], options: Mapping[s
         with suppress(Exception):  # a release of Triton without what this builds on, a cache that cannot be written
             if not _in_cache(kernel, arguments, options, device):
                 _jobs[job] = workers.submit(_job(kernel, arguments, options, device), turn)
+                _ahead.started.append(job)
             return
     with suppress(RuntimeError):  # the interpreter is on its way out
         _jobs[job] = _threads(turn is Turn.NOW).submit(_warm_up, kernel, arguments, options, device)
+        _ahead.started.append(job)
 
 
 def finish(job: object) -> None:
@@ -118,9 +120,9 @@ def _warm_up(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], 
 
 
 @cache
-def _threads(urgent: bool) -> ThreadPoolExecutor:
-    """For kernels that a call waits for, or fewer for those of a later pass."""
-    threads = min(8 if urgent else 4, os.cpu_count() or 1)
+def _threads(now: bool) -> ThreadPoolExecutor:
+    """For kernels that a call waits for, or fewer for others."""
+    threads = min(8 if now else 4, os.cpu_count() or 1)
     return ThreadPoolExecutor(threads, thread_name_prefix="subquad-compile")
 
 
@@ -292,12 +294,16 @@ class _Workers:
         """Something to wait for until the job was tried, which is after those of earlier turns."""
         done: Future[None] = Future()
         with self._changed:
-            if self._idle <= len(self._waiting) and self._running < self._most:
-                threading.Thread(target=self._serve, name="subquad-compile", daemon=True).start()
-                self._running += 1
             heapq.heappush(self._waiting, (turn, next(self._number), job, done))
-            self._changed.notify()
+            self._call_one()
         return done
+
+    def _call_one(self) -> None:
+        """Have a process look at what waits, a new one if there are too few."""
+        if self._idle < len(self._waiting) and self._running < self._most:
+            threading.Thread(target=self._serve, name="subquad-compile", daemon=True).start()
+            self._running += 1
+        self._changed.notify()
 
     def hurry(self, done: Future[None], turn: Turn) -> None:
         """Give the job that ``done`` stands for an earlier turn, if it still waits for a later one."""
@@ -306,7 +312,7 @@ class _Workers:
                 if waiting is done and turn < old:
                     self._waiting[i] = turn, number, job, done
                     heapq.heapify(self._waiting)
-                    self._changed.notify()
+                    self._call_one()
                     return
 
     def _next(self) -> tuple[Turn, Job, Future[None]] | None:

@@ -31,6 +31,9 @@ from subquad.ops.layer_norm.call import GradCall, Gradients, NormCall
 _TILE = 512
 """Numbers a warp holds of a block of rows: 16 a thread, of up to six tensors in the backward pass."""
 
+_WIDEST_STAGE = 1024
+"""Most channels that are compiled for ahead of their first use."""
+
 _WAVES = 4
 """Programs of the backward pass for each multiprocessor."""
 
@@ -108,9 +111,10 @@ def _compile_ahead(call: NormCall) -> None:
     with _compile.compiling_ahead(device):
         passes = [(meta, forward(meta))]
     with _compile.compiling_ahead(device, Turn.NEXT):
-        for factor in _compile.next_widths(meta.x.shape[-1]):
-            wider = NormCall._make(_widen(value, factor) for value in meta)
-            passes.append((wider, forward(wider)))
+        for factor in (2, 4, 8):
+            if meta.x.shape[-1] * factor <= _WIDEST_STAGE:
+                wider = NormCall._make(_widen(value, factor) for value in meta)
+                passes.append((wider, forward(wider)))
     if call.x.requires_grad or call.weight.requires_grad:
         with _compile.compiling_ahead(device, Turn.GRADIENTS):
             for each, (total, y) in passes:

@@ -350,10 +350,8 @@ _Z = ScanCall._fields.index("z")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, keep = inputs[_Z], inputs[-1]
-    if z is not None and z.requires_grad and not keep:
-        raise ValueError(f"{_OP}: the gradient of z needs the sum in front of the gate: expected keep=True, got False")
     ctx.set_materialize_grads(False)
+    ctx.forgot_sum = inputs[_Z] is not None and inputs[_Z].requires_grad and not inputs[-1]
     ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:]
 
@@ -362,12 +360,15 @@ def _autograd(
     ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None, grad_kept: None
 ) -> tuple[Tensor | None, ...]:
     states, kept, *tensors = ctx.saved_tensors
-    *_, out_dtype, _, keep = ctx.options
+    call = ScanCall(*tensors, *ctx.options)
+    if ctx.forgot_sum:  # in a program that was traced where no gradients were wanted
+        kept, *_ = _operator(*call._replace(z=None, addend=None, out_dtype=call.gate_dtype))
+        call = call._replace(keep=True)
     if grad_y is None:
-        grad_y = tensors[0].new_zeros(tensors[0].shape, dtype=out_dtype)
+        grad_y = call.x.new_zeros(call.x.shape, dtype=call.out_dtype)
     grad_last_state = None if grad_states is None else grad_states[:, :, -1].contiguous()
-    grads = _backward_operator(grad_y, grad_last_state, states, kept, *tensors, *ctx.options)
-    if not keep:
+    grads = _backward_operator(grad_y, grad_last_state, states, kept, *call)
+    if not call.keep:
         tensors[_Z] = None
     by_input = [None if value is None else grad for grad, value in zip(grads, tensors[:DIFFERENTIABLE], strict=True)]
     return (*by_input, *[None] * (1 + len(ctx.options)))

@@ -193,10 +193,10 @@ def _ends(
 def _compile_ahead(call: ScanCall, config: Config, backward_config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time, those of next stages and of gradients."""
     meta, device = _triton.on_meta(call), call.x.device
-    with _compile.compiling_ahead(device):
+    with _compile.compiling_ahead(device) as started:
         y, states = forward(meta, config, backward_config)
     with _compile.compiling_ahead(device, Turn.NEXT):
-        for stage in next_stages(meta):
+        for stage in next_stages(meta) if started else ():  # else this is a stage that was foreseen
             forward(stage, config, backward_config)
     if call.x.requires_grad:
         with _compile.compiling_ahead(device, Turn.GRADIENTS):

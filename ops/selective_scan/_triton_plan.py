@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import _triton
-from subquad.ops._compile import next_widths
 from subquad.ops.selective_scan._triton_chain import selective_scan_chain_kernel
 from subquad.ops.selective_scan._triton_sums import selective_scan_bwd_kernel_parameters
 from subquad.ops.selective_scan.call import CHUNK, ScanCall
@@ -267,13 +266,13 @@ def pack_routes(groups: list[Group]) -> int:
 
 
 def next_stages(call: ScanCall) -> list[ScanCall]:
-    """Calls on meta tensors that a pyramid's next stages will make after ``call``, which is on meta tensors too.
+    """Calls on meta tensors that a pyramid's other stages will make after ``call``, its first, also on meta tensors.
 
     None for a sequence, as models without stages scan, nor after calls whose tables or states say more about the map.
     """
     if min(call.x.shape[1:3]) == 1 or call.table is not None or call.initial_state is not None:
         return []
-    return [_stage(call, factor) for factor in next_widths(call.x.shape[3])]
+    return [_stage(call, factor) for factor in (2, 4, 8)]
 
 
 def _stage(call: ScanCall, factor: int) -> ScanCall:

@@ -90,10 +90,10 @@ def _of_group(between: _Between, i: int) -> tuple[Tensor, Tensor]:
 def _compile_ahead(call: ScanCall, config: Config) -> None:
     """Compile all kernels of a call that is about to run for the first time, those of next stages and of gradients."""
     meta, device = _triton.on_meta(call), call.x.device
-    with _compile.compiling_ahead(device):
+    with _compile.compiling_ahead(device) as started:
         y, states = _forward(meta, config)
     with _compile.compiling_ahead(device, Turn.NEXT):
-        for stage in next_stages(meta):
+        for stage in next_stages(meta) if started else ():  # else this is a stage that was foreseen
             _forward(stage, default_config("forward", stage))
     if call.x.requires_grad:
         with _compile.compiling_ahead(device, Turn.GRADIENTS):

@@ -448,6 +448,13 @@ def test_names_are_listed_in_full_where_a_part_fits(state: dict[str, Tensor]) ->
     assert " more" not in text
 
 
+def test_names_are_listed_in_full_behind_a_prefix_and_in_small_files(state: dict[str, Tensor]) -> None:
+    prefixed = {f"student.encoder.{name}": value for name, value in state.items()}
+    assert str(weights.compare(prefixed, state)).startswith(f"missing ({len(state)}): {', '.join(state)}\nunexpected (")
+    head = {"head.fc.weight": torch.zeros(3, 5)}
+    assert "another model" not in str(weights.compare(head, {"head.fc.weight": torch.zeros(2, 5)}))
+
+
 def test_load_a_part(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
     path = _save({"norm.weight": state["norm.weight"], "extra": ONE}, tmp_path / "c.pth")
     difference = weights.load_checkpoint(model, path, strict=False)
@@ -542,3 +549,8 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         timm.create_model("vmamba_tiny", pretrained=True)
     with pytest.raises(ValueError, match=r"'mavit_tiny' has no released weights.*huggingface.co/.*`subquad convert`"):
         check_any_model("mavit_tiny", pretrained=True)
+    monkeypatch.undo()
+    with pytest.raises(
+        RuntimeError, match=r"No pretrained weights exist for vig_tiny.*huggingface.co/.*`subquad convert`"
+    ):
+        timm.create_model("vig_tiny", pretrained=True)

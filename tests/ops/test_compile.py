@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,7 +179,7 @@ def test_finds_what_workers_compiled(
         assert len(jobs) >= 3 and not hits and not pool.useless
         _compile._jobs.clear()
         compile_ahead(*arguments)
-    assert hits == [True] * len(jobs)  # and this process compiled none of them
+    assert len(hits) >= 3 and all(hits)  # and this process compiled none of them
     assert not _compile._jobs
 
 
@@ -288,6 +288,27 @@ def test_an_idle_worker_ends(write: Callable[..., Path], workers: _compile._Work
     assert not _is_gone(int(log.read_text()))  # another one
 
 
+def test_a_call_that_waits_gets_a_process_after_the_kept_ones_ended(
+    write: Callable[..., Path], gpu: None, tmp_path: Path
+) -> None:
+    pool = _compile._Workers(2, patience=0.2)
+    code = "while not os.path.exists(os.path.dirname(__file__) + '/go'): time.sleep(0.01)\n"
+    names = ["hangs", "hangs_too", "waits"]
+    for name in names:
+        write(name, code if name != "waits" else "")
+    first, second = (pool.submit(_job(name), Turn.GRADIENTS) for name in names[:2])
+    _wait_for(lambda: pool._early == 2)
+    waits = pool.submit(_job("waits"), Turn.GRADIENTS)
+    pool._most = 3
+    time.sleep(0.5)
+    assert not waits.done()
+    pool.hurry(waits, Turn.NOW)
+    waits.result(timeout=60)
+    (tmp_path / "go").touch()
+    for done in (first, second):
+        done.result(timeout=60)
+
+
 def test_jobs_take_turns(write: Callable[..., Path], workers: _compile._Workers, tmp_path: Path) -> None:
     code = "open(os.path.dirname(__file__) + '/order', 'a').write(__name__ + ' ')\n"
     turns = {
@@ -337,24 +358,29 @@ def test_a_quarter_of_the_workers_is_kept_for_calls_that_wait(
 @pytest.mark.parametrize("d_state", [1, 16])
 def test_stages_compiled_ahead_are_those_of_a_model(d_state: int, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stage's scan has all kernels compiled that the forward passes of VMamba-T's other stages launch."""
-    started: list[object] = []
-    monkeypatch.setattr(_compile, "start", lambda job, *rest: started.append(job))
+    pool = SimpleNamespace(useless=False, submit=lambda job, turn: turn, hurry=lambda done, turn: None)
+    monkeypatch.setattr(_compile, "_workers", lambda: pool)
+    monkeypatch.setattr(_compile, "_in_cache", lambda *launch: False)
     monkeypatch.setattr(_triton, "_multiprocessor_count", lambda device: 132)
     kernels = importlib.import_module("subquad.ops.selective_scan.triton_impl")
     first, *others = [
         _scan(batch=128, side=56 // width, dim=96 * width, rank=6 * width, d_state=d_state)[1] for width in (1, 2, 4, 8)
     ]
     configs = [kernels.default_config(which, first) for which in ("forward", "backward")]
-    if d_state == 1:
-        kernels._compile_ahead(first, configs[0])
-    else:
-        kernels._triton_many._compile_ahead(first, *configs)
-    ahead = set(started)
+
+    def compile_ahead(call: Any) -> list[object]:
+        """The turns of what that starts."""
+        _compile._jobs, before = {}, _compile._jobs
+        _compile._jobs.update(before)
+        if d_state == 1:
+            kernels._compile_ahead(call, configs[0])
+        else:
+            kernels._triton_many._compile_ahead(call, *configs)
+        return [turn for job, turn in _compile._jobs.items() if job not in before]
+
+    assert {Turn.NOW, Turn.NEXT, Turn.GRADIENTS} == set(compile_ahead(first))
     for call in others:
-        started.clear()
-        with _compile.compiling_ahead(call.x.device):
-            kernels.forward(call)
-        assert started and ahead.issuperset(started)
+        assert set(compile_ahead(call)) == {Turn.GRADIENTS}  # not even a stage after the last one
 
 
 def test_workers_end_with_the_process_that_started_them(write: Callable[..., Path], tmp_path: Path) -> None:

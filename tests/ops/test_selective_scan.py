@@ -329,9 +329,20 @@ def test_only_a_gate_that_is_trained_keeps_the_sum(make_inputs: Any, run: Any) -
     assert prepare(**arguments).new_kept().shape == y.shape
     with torch.no_grad():
         assert prepare(**arguments).new_kept().numel() == 0
-    call = prepare(**arguments)._replace(keep=False)
-    with pytest.raises(ValueError, match=r"gradient of z .* expected keep=True, got False"):
-        torch.ops.subquad.selective_scan(*call)
+
+
+@pytest.mark.parametrize("addend", [False, True])
+def test_gradient_of_a_gate_whose_sum_was_not_kept(addend: bool, make_inputs: Any) -> None:
+    """As in a program that was traced without gradients: the operator computes the sum again."""
+    arguments = make_inputs(gate=True, addend=addend)
+    leaves = [arguments[name].requires_grad_() for name in ("x", "z", "A", *(["addend"] if addend else []))]
+    call, found = prepare(**arguments), []
+    for keep in (True, False):
+        y, _, kept = torch.ops.subquad.selective_scan(*call._replace(keep=keep))
+        assert kept.numel() == (y.numel() if keep else 0)
+        found.append(torch.autograd.grad(y.square().sum(), leaves))
+    for have, want in zip(*found, strict=True):
+        torch.testing.assert_close(have, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
