@@ -144,6 +144,8 @@ def _construct(model: type[nn.Module], name: str, options: Mapping[str, Any], /,
     if unknown := [argument for argument in kwargs if argument not in known]:
         close = get_close_matches(unknown[0], known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
+        if unknown[0] == "img_size":
+            hint = "it takes images of any size as it is"
         where = f"{model.__module__}.{model.__name__}"
         raise TypeError(f"{name} has no argument {unknown[0]!r}, {hint} (see help({where}))")
     return model(**kwargs)

@@ -71,7 +71,9 @@ def run(options: Options) -> Path:
     except ValueError as error:
         raise ValueError(f"{options.file}: {error}") from error
     if difference := weights.compare(state_dict, model.state_dict()):
-        raise ValueError(f"{options.file} does not fit {options.model}:\n{difference}")
+        raise ValueError(
+            f"{options.file} does not fit {options.model}:\n{difference}{_classes_hint(difference, model)}"
+        )
     _write(state_dict, output)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -84,6 +86,13 @@ def run(options: Options) -> Path:
 def _model(options: Options) -> nn.Module:
     check_model(options.model)
     return timm.create_model(options.model, num_classes=options.num_classes, in_chans=options.in_chans, device="meta")
+
+
+def _classes_hint(difference: weights.Difference, model: Any) -> str:
+    """What to say to a checkpoint with another number of classes than the model, as the end of a message."""
+    shapes = difference.misshaped.values()
+    classes = {found[0] for found, wanted in shapes if found and wanted and wanted[0] == model.num_classes}
+    return f"\nFor a checkpoint with {classes.pop()} classes say so with --num-classes." if len(classes) == 1 else ""
 
 
 def _left_out(checkpoint: Mapping[str, Any], key: str | None, taken: Mapping[str, Tensor]) -> list[str]:

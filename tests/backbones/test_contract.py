@@ -221,6 +221,12 @@ def test_unknown_and_bad_arguments(name: str) -> None:
         _model(name).reset_classifier(10, "median")
 
 
+@pytest.mark.parametrize("name", ["test_vmamba", "test_nat", "test_biformer"])
+def test_size_of_images_is_no_argument(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} has no argument 'img_size', it takes images of any size"):
+        timm.create_model(name, img_size=160)
+
+
 def test_arguments_that_are_taken() -> None:
     """Those of timm, of the family and of the architecture; an error inside a model stays what it is."""
     model = timm.create_model("test_vmamba", pretrained_cfg_overlay={"crop_pct": 1.0}, cache_dir="none", foo=None)

@@ -155,6 +155,12 @@ def test_misfit_is_listed_and_nothing_is_written(state: dict[str, Tensor], tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
 
 
+def test_weights_of_another_number_of_classes(tmp_path: Path) -> None:
+    source = _checkpoint(tmp_path / "c.pth", timm.create_model(MODEL, num_classes=5).state_dict())
+    with pytest.raises(ValueError, match=r"wrong shape \(2\)(.*\n)+For a checkpoint with 5 classes .* --num-classes"):
+        convert.run(convert.Options(source, MODEL, tmp_path / "out.safetensors"))
+
+
 def test_weights_of_another_model(tmp_path: Path) -> None:
     other = timm.create_model("nat_tiny", device="meta").state_dict()
     source = _checkpoint(tmp_path / "c.pth", {name: torch.zeros(1).expand(x.shape) for name, x in other.items()})
