@@ -195,7 +195,7 @@ def test_detector_without_a_backbone(tmp_path: Path) -> None:
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vmamba_vanilla").state_dict(), tmp_path / "c.pth")
     backbone = SubquadBackbone(NAME, checkpoint=str(tmp_path / "c.pth"))
-    with pytest.raises(ValueError, match=rf"c\.pth does not fit {NAME}:\nmissing"):
+    with pytest.raises(ValueError, match=rf"c\.pth does not fit {NAME}:\nonly \d+ of \d+ tensors fit"):
         backbone.init_weights()
     torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match=r"empty\.pth: .* holds no tensors"):
