@@ -100,6 +100,7 @@ class MixerSwin(Pyramid):
                 else partial(softmax, mixer=partial(WindowMixer, num_heads=heads, window=window, shift=shift))
                 for j, shift in enumerate(shifts)
             ]
+            # timm's annotation allows classes alone; any factory serves.
             downsample = partial(PatchMerging, norm_layer=make_norm) if i else None  # type: ignore[arg-type]
             stages.append(StageSpec(dim, depth, patch_size * 2**i, block=in_turn(blocks), downsample=downsample))
         dd = {"device": device, "dtype": dtype}

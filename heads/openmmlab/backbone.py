@@ -133,7 +133,7 @@ class SubquadBackbone(BaseModule):
         Without either, the weights stay as they are.
 
         Raises:
-            FileNotFoundError, ValueError: see ``weights.read_checkpoint``; lists every name that does not fit.
+            FileNotFoundError, ValueError: see ``weights.read_checkpoint`` and ``weights.Difference``.
         """
         if self.checkpoint is not None:
             raw = weights.read_checkpoint(self.checkpoint)
