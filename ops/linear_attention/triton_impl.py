@@ -101,9 +101,9 @@ def _forward(call: AttentionCall, config: Config) -> tuple[Tensor, Statistics]:
             part = _scratch(call, plan.splits, batch * heads, dim)
             sweep("mean", final, part, strides, "MEAN", "PARTIAL")
             _add_up(plan, "mean sum", part, statistics.query_mean, tokens)
-        width = dim * values + dim + values + 2
+        width = dim * values + dim + values + 8  # the last two numbers 16 bytes apart, as compiled ahead for
         part = _scratch(call, plan.splits * batch * heads, width)
-        starts = (0, dim * values, dim * values + dim, width - 2, width - 1)
+        starts = (0, dim * values, dim * values + dim, width - 8, width - 4)
         sums = _Sums(*(part.view(-1)[start:] for start in starts))
         sweep("keys", sums, statistics.query_mean, (width, width, width, dim, width), "KEYS", "PARTIAL")
         plan.launch(

@@ -90,7 +90,10 @@ def _run(folder: Path, timm_tests: str, models: list[str]) -> dict[str, set[str]
     passed = defaultdict(set)
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         test, _, parameters = case.attrib["name"].partition("[")
-        assert case.find("skipped") is None, f"{case.attrib['name']} was skipped"
+        skipped = case.find("skipped")
+        reason = None if skipped is None else skipped.attrib["message"]
+        # timm checks the rest of such a model (one size, above 320 px) nowhere; what it skips else would be a gap here
+        assert reason in (None, "Fixed input size model > limit."), f"{case.attrib['name']} was skipped: {reason}"
         model = parameters.rstrip("]").split(".")[0].split("-")[-1]
         passed[model].add(test)
     return passed

@@ -177,6 +177,9 @@ def test_finds_what_workers_compiled(
         for job in jobs:
             _compile.finish(job)
         assert len(jobs) >= 3 and not hits and not pool.useless
+        # Workers compile for aligned pointers; a launch with others would compile a kernel of its own.
+        pointers = [kind for job in jobs for kind in job if isinstance(kind, tuple) and isinstance(kind[0], torch.dtype)]
+        assert pointers and all(aligned for _, aligned in pointers)
         _compile._jobs.clear()
         compile_ahead(*arguments)
     assert len(hits) >= 3 and all(hits)  # and this process compiled none of them
