@@ -187,6 +187,7 @@ def _in_cache(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any],
 
 def _job(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> Job:
     import triton
+    from triton.compiler.compiler import make_backend
 
     parents = itertools.accumulate(kernel.__module__.split(".")[:-1], lambda *names: ".".join(names))
     with torch.cuda.device(device):
@@ -199,6 +200,8 @@ def _job(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], devi
         [str(value.dtype) if isinstance(value, torch.Tensor) else value for value in arguments],
         [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)],
         dict(options),
+        dict(os.environ),
+        make_backend(target).hash(),
     )
 
 

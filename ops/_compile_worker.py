@@ -31,6 +31,8 @@ class Job(NamedTuple):
         arguments: of a launch, compile-time arguments included; of a tensor the name of its dtype.
         tensors: places of arguments that are tensors.
         options: Triton's, like ``num_warps``.
+        environment: variables of the other process as they are now; torch.compile sets Triton's in its own process.
+        backend: what the other process's Triton has hashed its backend to, once, with the ptxas of that time.
     """
 
     target: Any
@@ -40,6 +42,8 @@ class Job(NamedTuple):
     arguments: Sequence[Any]
     tensors: Sequence[int]
     options: Mapping[str, Any]
+    environment: Mapping[str, str]
+    backend: str
 
 
 class _Driver:
@@ -75,9 +79,13 @@ def settle_hash(kernel: Any) -> None:
 
 def compile_kernel(job: Job) -> None:
     """Compile a kernel for a GPU that need not be there."""
+    from triton.compiler.compiler import make_backend
     from triton.runtime import driver
     from triton.runtime.jit import MockTensor
 
+    os.environ.clear()
+    os.environ.update(job.environment)
+    type(make_backend(job.target)).hash = lambda _: job.backend
     for package, path in job.packages.items():
         if package not in sys.modules:
             sys.modules[package] = ModuleType(package)

@@ -16,6 +16,7 @@ import torch
 
 from subquad.ops import _compile
 from subquad.ops._compile import is_compiling_ahead
+from subquad.ops._compile_worker import settle_hash
 
 _Config = TypeVar("_Config", bound="tuple[int, ...]")
 _Call = TypeVar("_Call", bound="tuple[Any, ...]")
@@ -113,6 +114,8 @@ class Launcher:
                 _compile.start(job, kernel, (*arguments, *constants), options, device)
             return
         _compile.finish(job)
+        if not interpreting():
+            settle_hash(kernel)  # for good: a kernel keeps the hash that its first launch gives it
         compiled = kernel[grid](*arguments, *constants, **options)
         if compiled is not None:  # the interpreter compiles nothing
             self._known[name] = compiled[grid], constants
@@ -151,15 +154,17 @@ class Plans(Generic[_Plan]):
     ) -> _Plan:
         """The plan of a shape class.
 
+        Calls of training have their own, so that the first of them compiles gradients ahead.
+
         Args:
             key: all that tells shape classes apart beside ``x``'s device.
-            x: a tensor of the call.
+            x: a tensor of the call, which requires a gradient if the call does.
             make: makes the plan.
             on_new: called before the first launches of a shape class on a GPU, unless a graph is being captured.
         """
         if is_compiling_ahead():
             return make()
-        key = key, x.device
+        key = key, x.device, x.requires_grad
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= self._most:

@@ -12,7 +12,6 @@ from subquad.ops.selective_scan._triton_tiles import (
     _kernel,
     _lanes,
     _load_rows,
-    _load_state,
     _load_tile,
     _parameters,
     _pixels,
@@ -123,13 +122,63 @@ def _load_turned(p_turned, row, BC: tl.constexpr, STEPS: tl.constexpr):
     return _spread(tl.load(p_turned + row * STEPS), BC)
 
 
+# A kernel has its states in a tuple, memory has them in a dimension. All of them are loaded or stored at once: for each
+# load and store the compiler looks at all of the kernel, and that takes it longer than everything else.
+
+
+@triton.jit
+def _unstack(b, N: tl.constexpr):
+    """[., ., power of two above 1] -> the first N of as many [., .]."""
+    bs = (b,)
+    for _round in tl.static_range(5):
+        if len(bs) < b.shape[2]:
+            b_evens, b_odds = (), ()
+            for i in tl.static_range(len(bs)):
+                if 2 * len(bs) < b.shape[2]:
+                    b_even, b_odd = tl.split(tl.reshape(bs[i], (b.shape[0], b.shape[1], b.shape[2] // len(bs) // 2, 2)))
+                else:
+                    b_even, b_odd = tl.split(bs[i])
+                b_evens, b_odds = b_evens + (b_even,), b_odds + (b_odd,)
+            bs = b_evens + b_odds
+    return bs[:N]
+
+
+@triton.jit
+def _stack(bs, N: tl.constexpr):
+    """The inverse of ``_unstack``; anything takes the places beyond the N-th."""
+    for _place in tl.static_range(triton.next_power_of_2(N) - N):
+        bs = bs + (bs[0],)
+    for _round in tl.static_range(5):
+        if len(bs) > 1:
+            b_pairs = ()
+            for i in tl.static_range(len(bs) // 2):
+                b_pairs = b_pairs + (tl.join(bs[i], bs[i + len(bs) // 2]),)
+            bs = b_pairs
+    return tl.reshape(bs[0], (bs[0].shape[0], bs[0].shape[1], triton.next_power_of_2(N)))
+
+
 @triton.jit
 def _decays(p_A, o_e, m_c, N: tl.constexpr):
-    """A of each state, [BC] each."""
-    b_As = ()
-    for n in tl.static_range(N):
-        b_As = b_As + (tl.load(p_A + o_e * N + n, mask=m_c, other=0.0),)
-    return b_As
+    """A of each state, [BC, 1] each."""
+    o_n = tl.arange(0, triton.next_power_of_2(N))
+    b_A = tl.load(p_A + (o_e * N)[:, None] + o_n, mask=m_c[:, None] & (o_n < N), other=0.0)
+    return _unstack(b_A[:, None, :], N)
+
+
+@triton.jit
+def _load_states(p_state, stride, m_state, N: tl.constexpr, BC: tl.constexpr):
+    """[lane, channel group, channel] of each state, ``stride`` numbers apart -> [BC, 4] each."""
+    o_n = tl.arange(0, triton.next_power_of_2(N))
+    b = tl.load(p_state[:, :, :, None] + o_n * stride, mask=m_state[:, :, :, None] & (o_n < N), other=0.0)
+    return _unstack(tl.reshape(tl.permute(b, (2, 1, 0, 3)), (BC, 4, b.shape[3])), N)
+
+
+@triton.jit
+def _store_states(p_state, stride, bs, factor, m_state, N: tl.constexpr, BC: tl.constexpr):
+    b = _stack(bs, N) * factor
+    o_n = tl.arange(0, b.shape[2])
+    b = tl.permute(tl.reshape(b, (BC // 8, 8, 4, b.shape[2])), (2, 1, 0, 3))
+    tl.store(p_state[:, :, :, None] + o_n * stride, b, mask=m_state[:, :, :, None] & (o_n < N))
 
 
 # Kernels ---------------------------------------------------------------------------------------------------------
@@ -201,10 +250,10 @@ def selective_scan_many_kernel_ends(
             b_in *= b_d
         b_ends = ()
         for n in tl.static_range(N):
-            b_a = tl.exp2(b_d * b_As[n][:, None])
+            b_a = tl.exp2(b_d * b_As[n])
             if ADJOINT:
                 b_b = b_in * _load_turned(p_turned, N + n, BC, STEPS)
-                b_h = _collect(b_hs[n], tl.exp2(b_total * b_As[n][:, None]), b_a, b_b, BC)
+                b_h = _collect(b_hs[n], tl.exp2(b_total * b_As[n]), b_a, b_b, BC)
             else:
                 _b_each, b_h = _recur(b_hs[n], b_a, b_in * _load_turned(p_turned, n, BC, STEPS), BC)
             b_ends = b_ends + (b_h,)
@@ -214,11 +263,8 @@ def selective_scan_many_kernel_ends(
     o_total = ((o_b * n_routes + k) * segments + o_segment) * dim
     _store_state(p_totals + o_total[:, None, None] + o_sc[None, :, :], b_total, m_state, BC)
     p_end = p_ends + (o_total * N)[:, None, None] + o_sc[None, :, :]
-    for n in tl.static_range(N):
-        b_h = b_hs[n]
-        if not ADJOINT:
-            b_h *= _LN2
-        _store_state(p_end + n * dim, b_h, m_state, BC)
+    factor: tl.constexpr = 1.0 if ADJOINT else _LN2
+    _store_states(p_end, dim, b_hs, factor, m_state, N, BC)
 
 
 @triton.jit
@@ -258,11 +304,13 @@ def selective_scan_many_fwd_kernel(
     p_route = p_y + k.to(tl.int64) * images * length * dim
     b_As = _decays(p_A, o_e, m_c, N)
     b_hs = ()
-    for n in tl.static_range(N):
-        b_h = tl.zeros((BC, 4), dtype=tl.float32)
-        if ENTRY:
-            b_h = _load_state(p_entry + n * dim, m_state, BC) * _LOG2E
-        b_hs = b_hs + (b_h,)
+    if ENTRY:
+        b_given = _load_states(p_entry, dim, m_state, N, BC)
+        for n in tl.static_range(N):
+            b_hs = b_hs + (b_given[n] * _LOG2E,)
+    else:
+        for _n in tl.static_range(N):
+            b_hs = b_hs + (tl.zeros((BC, 4), dtype=tl.float32),)
     for tile in range(segment_tiles):
         o_nb, o_np, m_t, o_mb, o_mp, o_map, m_map = _locate(
             way, tile, o_sc, n_lanes, segments, segment_tiles, length, dim, STEPS, EVEN, EVEN_C, TABLE, INDEX
@@ -275,8 +323,7 @@ def selective_scan_many_fwd_kernel(
         if tile % (CHUNK // STEPS) == 0:
             o_chunk = _chunk(tile, o_segment, way[2], segments, segment_tiles, CHUNK // STEPS)
             m_save = m_state & (o_chunk < slots - 1)[:, None, None]
-            for n in tl.static_range(N):
-                _store_state(p_state + (o_chunk * dim * N + n)[:, None, None], b_hs[n] * _LN2, m_save, BC)
+            _store_states(p_state + (o_chunk * dim * N)[:, None, None], 1, b_hs, _LN2, m_save, N, BC)
         b_d = _steps(b_s, m_t, SOFTPLUS, EVEN, EXACT)
         b_dx = b_d * b_x
         b_y = tl.zeros((BC, 4 * STEPS), dtype=tl.float32)
@@ -284,7 +331,7 @@ def selective_scan_many_fwd_kernel(
         for n in tl.static_range(N):
             b_B = _load_turned(p_turned, n, BC, STEPS)
             b_C = _load_turned(p_turned, N + n, BC, STEPS)
-            b_each, b_h = _recur(b_hs[n], tl.exp2(b_d * b_As[n][:, None]), b_dx * b_B, BC)
+            b_each, b_h = _recur(b_hs[n], tl.exp2(b_d * b_As[n]), b_dx * b_B, BC)
             b_y += b_each * b_C
             b_ends = b_ends + (b_h,)
         b_hs = b_ends
@@ -292,8 +339,7 @@ def selective_scan_many_fwd_kernel(
         tl.store(p_route + o_map, b_y.to(p_y.dtype.element_ty), mask=m_map)
         p_turned += 2 * N * STEPS
     if not TWO_LEVEL:
-        for n in tl.static_range(N):
-            _store_state(p_state + ((slots - 1) * dim * N + n), b_hs[n] * _LN2, m_state, BC)
+        _store_states(p_state + (slots - 1) * dim * N, 1, b_hs, _LN2, m_state, N, BC)
 
 
 @_kernel

@@ -1,9 +1,14 @@
-"""What every operator must do, and for the selective scan inputs and a way to run it with every named gradient."""
+"""What every operator must do, for the selective scan inputs and a way to run it with every named gradient, and a GPU
+for Triton's eyes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from subquad import ops
+from subquad.ops import _compile
 from subquad.ops.selective_scan import CROSS
 
 Arguments = dict[str, Any]
@@ -114,6 +120,45 @@ def convert() -> Callable[[Arguments, torch.dtype], Arguments]:
 @pytest.fixture
 def run() -> Callable[..., dict[str, Tensor]]:
     return _run
+
+
+# A GPU for Triton's eyes ------------------------------------------------------------------------------------------
+
+
+class _Gpu:
+    """A driver of a GPU that is not here; kernels keep what they know of it apart from what they know of others."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> _Gpu:
+        return self
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An H100 that is not here, and an empty cache."""
+    triton = pytest.importorskip("triton", reason="needs triton, which this torch came without")
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Gpu())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_compile, "_jobs", {})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def ptxas() -> None:
+    triton = pytest.importorskip("triton", reason="needs triton, which this torch came without")
+    try:
+        there = os.access(triton.knobs.nvidia.ptxas.path, os.X_OK)
+    except RuntimeError:
+        there = False
+    if not there:
+        pytest.skip("needs ptxas, which this triton came without")
 
 
 # What every operator must do --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead in processes of their own: what they do, and that nothing depends on them."""
+"""Processes that compile kernels: what they do, and that nothing depends on them. For whom: test_compile_ahead.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from subquad.ops import _compile, _compile_worker, _triton, depthwise_conv, neighborhood_attention
+from subquad.ops import _compile, _compile_worker, _triton
 from subquad.ops._compile import Turn
-from subquad.ops.layer_norm import prepare_sum
-from subquad.ops.linear_attention import prepare as prepare_linear
-from subquad.ops.selective_scan import CROSS, prepare
-from subquad.ops.window_attention import prepare as prepare_windows
 
 triton = pytest.importorskip("triton", reason="needs triton, which this torch came without")
 
@@ -35,38 +31,6 @@ KERNEL = """
         o_n = tl.arange(0, BLOCK)
         tl.store(p_x + o_n, {value}, mask=o_n < n)
 """
-
-
-def _ptxas() -> bool:
-    try:
-        return os.access(triton.knobs.nvidia.ptxas.path, os.X_OK)
-    except RuntimeError:
-        return False
-
-
-needs_ptxas = pytest.mark.skipif(not _ptxas(), reason="needs ptxas, which this triton came without")
-
-
-class _Gpu:
-    """A driver of a GPU that is not here; kernels keep what they know of it apart from what they know of others."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> _Gpu:
-        return self
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An H100 for Triton's eyes, and an empty cache."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", _Gpu())
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(_compile, "_jobs", {})
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -97,7 +61,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 def _job(name: str) -> _compile_worker.Job:
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    return _compile_worker.Job(target, name, {}, name, ["torch.float32", 100, 128], [0], {"num_warps": 1})
+    backend = triton.compiler.compiler.make_backend(target).hash()
+    arguments = ["torch.float32", 100, 128]
+    return _compile_worker.Job(target, name, {}, name, arguments, [0], {"num_warps": 1}, dict(os.environ), backend)
 
 
 def _launch(module: ModuleType) -> tuple[Any, tuple[Any, ...], dict[str, int], torch.device]:
@@ -120,72 +86,6 @@ def _is_gone(pid: int) -> bool:
     return True
 
 
-def _leaf(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta").requires_grad_()
-
-
-def _scan(batch: int = 1, side: int = 4, dim: int = 32, rank: int = 6, d_state: int = 1) -> tuple[str, Any]:
-    x = _leaf(batch, side, side, dim)
-    steps = torch.empty(batch, side, side, 4, rank + 2 * d_state, dtype=torch.bfloat16, device="meta")
-    a, d, weight = (torch.empty(4, dim, *last, device="meta") for last in ((d_state,), (), (rank,)))
-    dt, b, c = steps.split([rank, d_state, d_state], -1)
-    call = prepare(x, dt, a, b, c, d, dt_weight=weight, dt_bias=d, routes=CROSS, dt_softplus=True)
-    return "selective_scan", call
-
-
-def _conv() -> tuple[str, Any]:
-    return "depthwise_conv", depthwise_conv.prepare_map(_leaf(1, 8, 8, 32), _leaf(32, 3, 3), None, activation="silu")
-
-
-def _norm() -> tuple[str, Any]:
-    weight = torch.empty(32, device="meta").requires_grad_()
-    return "layer_norm", prepare_sum(_leaf(2, 9, 32).float(), _leaf(2, 9, 32), weight, weight)
-
-
-def _neighborhood() -> tuple[str, Any]:
-    return "neighborhood_attention", neighborhood_attention.prepare(2, *(_leaf(1, 8, 8, 2, 32) for _ in range(3)), 3)
-
-
-def _linear() -> tuple[str, Any]:
-    """Few images and heads, many tokens: two sweeps and what adds their sums up."""
-    return "linear_attention", prepare_linear(*(_leaf(1, 2048, 1, 16) for _ in range(3)), feature_map="elu1")
-
-
-def _window() -> tuple[str, Any]:
-    table = torch.empty(25, 2, device="meta").requires_grad_()
-    return "window_attention", prepare_windows(*(_leaf(1, 6, 6, 2, 32) for _ in range(3)), 3, 1, table=table)
-
-
-@needs_ptxas
-@pytest.mark.parametrize("make", [_scan, _conv, _norm, _neighborhood, _linear, _window])
-def test_finds_what_workers_compiled(
-    make: Callable[[], tuple[str, Any]], gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    op, call = make()
-    kernels = importlib.import_module(f"subquad.ops.{op}.triton_impl")
-    pool = _compile._Workers(2, patience=1)
-    monkeypatch.setattr(_compile, "_workers", lambda: pool)
-    hits: list[bool] = []
-    compile_ahead: Any = getattr(kernels, "_compile_ahead")  # noqa: B009
-    arguments = (call, kernels.default_config("forward", call)) if op == "selective_scan" else (call,)
-    with monkeypatch.context() as listening:
-        listening.setattr(
-            triton.knobs.compilation, "listener", lambda *, cache_hit, **rest: hits.append(cache_hit), raising=False
-        )
-        compile_ahead(*arguments)
-        jobs = dict(_compile._jobs)
-        for job in jobs:
-            _compile.finish(job)
-        assert len(jobs) >= 3 and not hits and not pool.useless
-        # Workers compile for aligned pointers; a launch with others would compile a kernel of its own.
-        pointers = [kind for job in jobs for kind in job if isinstance(kind, tuple) and isinstance(kind[0], torch.dtype)]
-        assert pointers and all(aligned for _, aligned in pointers)
-        _compile._jobs.clear()
-        compile_ahead(*arguments)
-    assert len(hits) >= 3 and all(hits)  # and this process compiled none of them
-    assert not _compile._jobs
-
-
 def test_a_worker_imports_kernels_without_torch(write: Callable[..., Path], workers: _compile._Workers) -> None:
     """Every module that has a kernel; importing torch would take seconds."""
     root = Path(_compile.__file__).parents[1]
@@ -206,7 +106,7 @@ def test_a_worker_imports_kernels_without_torch(write: Callable[..., Path], work
     assert "'torch'" not in loaded
 
 
-@needs_ptxas
+@pytest.mark.usefixtures("ptxas")
 def test_a_killed_worker_is_replaced(write: Callable[..., Path], workers: _compile._Workers) -> None:
     log = write("hangs", "open(__file__[:-2] + 'log', 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
     write("well")
@@ -219,7 +119,42 @@ def test_a_killed_worker_is_replaced(write: Callable[..., Path], workers: _compi
     assert _compile._in_cache(*_launch(importlib.import_module("well")))
 
 
-@needs_ptxas
+@pytest.mark.usefixtures("ptxas")
+def test_a_worker_compiles_as_the_process_would_now(
+    write: Callable[..., Path], workers: _compile._Workers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch.compile sets Triton's variables in the process, and Triton keeps hashes that it made before."""
+    for name in ("before", "after"):
+        write(name)
+    backend = type(triton.compiler.compiler.make_backend(triton.runtime.driver.active.get_current_target()))
+    before, after = (_launch(importlib.import_module(name)) for name in ("before", "after"))
+    _compile.start("before", *before)
+    _compile.finish("before")
+    assert _compile._in_cache(*before)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
+    monkeypatch.setattr(backend, "hash", lambda _: "that of another ptxas")
+    _compile.start("after", *after)
+    _compile.finish("after")
+    assert _compile._in_cache(*after) and not workers.useless
+
+
+@pytest.mark.usefixtures("ptxas")
+def test_a_kernel_that_was_launched_first_is_found(
+    write: Callable[..., Path], workers: _compile._Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash, which it keeps, has to be the one that it has in the process that compiles it."""
+    code = "TWO = tl.constexpr(2.0)\n\n@triton.jit\ndef twice(x):\n    return TWO * x\n\n"
+    write("doubles", code, "twice(1.0)")
+    kernel, arguments, options, device = _launch(importlib.import_module("doubles"))
+    with monkeypatch.context() as launching:
+        launching.setattr(type(kernel), "__getitem__", lambda kernel, grid: lambda *_, **__: kernel.cache_key and None)
+        _triton.Launcher()("name", kernel, (1,), arguments[:2], {"BLOCK": arguments[2]} | options)
+    _compile.start("doubles", kernel, arguments, options, device)
+    _compile.finish("doubles")
+    assert _compile._in_cache(kernel, arguments, options, device)
+
+
+@pytest.mark.usefixtures("ptxas")
 def test_what_a_worker_prints_disturbs_nobody(
     write: Callable[..., Path], workers: _compile._Workers, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,7 +166,7 @@ def test_what_a_worker_prints_disturbs_nobody(
     assert _compile._in_cache(*_launch(importlib.import_module("well")))
 
 
-@needs_ptxas
+@pytest.mark.usefixtures("ptxas")
 @pytest.mark.parametrize("program", ["#!/bin/sh\necho ........\n", "#!/bin/sh\nexit 1\n", None])
 def test_without_workers_threads_compile(
     program: str | None,
@@ -257,7 +192,7 @@ def test_without_workers_threads_compile(
     assert _compile._in_cache(*second)
 
 
-@needs_ptxas
+@pytest.mark.usefixtures("ptxas")
 def test_the_launch_says_why_a_kernel_does_not_compile(write: Callable[..., Path], workers: _compile._Workers) -> None:
     write("wrong", value="unknown_name")
     launch = _launch(importlib.import_module("wrong"))
@@ -268,7 +203,7 @@ def test_the_launch_says_why_a_kernel_does_not_compile(write: Callable[..., Path
         _compile._warm_up(*launch)
 
 
-@needs_ptxas
+@pytest.mark.usefixtures("ptxas")
 def test_the_launch_says_that_the_cache_cannot_be_written(
     write: Callable[..., Path], workers: _compile._Workers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -358,34 +293,6 @@ def test_a_quarter_of_the_workers_is_kept_for_calls_that_wait(
         done.result(timeout=60)
 
 
-@pytest.mark.parametrize("d_state", [1, 16])
-def test_stages_compiled_ahead_are_those_of_a_model(d_state: int, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first stage's scan has all kernels compiled that the forward passes of VMamba-T's other stages launch."""
-    pool = SimpleNamespace(useless=False, submit=lambda job, turn: turn, hurry=lambda done, turn: None)
-    monkeypatch.setattr(_compile, "_workers", lambda: pool)
-    monkeypatch.setattr(_compile, "_in_cache", lambda *launch: False)
-    monkeypatch.setattr(_triton, "_multiprocessor_count", lambda device: 132)
-    kernels = importlib.import_module("subquad.ops.selective_scan.triton_impl")
-    first, *others = [
-        _scan(batch=128, side=56 // width, dim=96 * width, rank=6 * width, d_state=d_state)[1] for width in (1, 2, 4, 8)
-    ]
-    configs = [kernels.default_config(which, first) for which in ("forward", "backward")]
-
-    def compile_ahead(call: Any) -> list[object]:
-        """The turns of what that starts."""
-        _compile._jobs, before = {}, _compile._jobs
-        _compile._jobs.update(before)
-        if d_state == 1:
-            kernels._compile_ahead(call, configs[0])
-        else:
-            kernels._triton_many._compile_ahead(call, *configs)
-        return [turn for job, turn in _compile._jobs.items() if job not in before]
-
-    assert {Turn.NOW, Turn.NEXT, Turn.GRADIENTS} == set(compile_ahead(first))
-    for call in others:
-        assert set(compile_ahead(call)) == {Turn.GRADIENTS}  # not even a stage after the last one
-
-
 def test_workers_end_with_the_process_that_started_them(write: Callable[..., Path], tmp_path: Path) -> None:
     """At once, in the middle of a job; not before, by Ctrl-C, which reaches all processes of a terminal."""
     log = write("hangs", "open(__file__[:-2] + 'log', 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
@@ -395,7 +302,7 @@ def test_workers_end_with_the_process_that_started_them(write: Callable[..., Pat
         from subquad.ops import _compile, _compile_worker
         import triton
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        job = _compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}})
+        job = _compile_worker.Job(target, "hangs", {{}}, "hangs", [], [], {{}}, os.environ | {{}}, "")
         _compile._Workers(1).submit(job, _compile.Turn.NOW)
         while not (os.path.exists({str(log)!r}) and open({str(log)!r}).read()): time.sleep(0.02)
         os.kill(int(open({str(log)!r}).read()), signal.SIGINT)
@@ -467,35 +374,3 @@ def test_a_frozen_program_starts_no_workers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SUBQUAD_COMPILE_WORKERS", "4")
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert _compile._most_workers() == 0
-
-
-@pytest.mark.gpu
-def test_a_cold_start_is_served_by_workers(tmp_path: Path) -> None:
-    """In a fresh process with an empty cache this process compiles nothing, and the results are the reference's."""
-    script = """
-        import torch, triton
-        from subquad.ops import selective_scan, use_backend
-        from subquad.ops.selective_scan import CROSS
-        hits = []
-        triton.knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
-        def run(dtype, backend):
-            generator = torch.Generator().manual_seed(0)
-            make = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
-            x, dt, b, c = make(2, 8, 8, 64), make(2, 8, 8, 4, 64), make(2, 8, 8, 4, 1), make(2, 8, 8, 4, 1)
-            leaves = [x, dt, -make(4, 64, 1).exp(), b, c, make(4, 64)]
-            for leaf in leaves:
-                leaf.requires_grad_()
-            with use_backend(backend):
-                y = selective_scan(*leaves, routes=CROSS)
-                return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
-        for mine, expected in zip(run(torch.float32, "triton"), run(torch.float64, "reference"), strict=True):
-            assert (mine.double() - expected).norm() < 1e-4 * expected.norm()
-        print(len(hits), all(hits))
-    """
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "SUBQUAD_COMPILE_WORKERS": "4"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    count, all_hits = done.stdout.split()
-    assert int(count) >= 4 and all_hits == "True"
