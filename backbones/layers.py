@@ -373,10 +373,11 @@ def in_turn(blocks: Sequence[Callable[..., nn.Module]]) -> Callable[..., nn.Modu
 
 def check_heads(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:
     """Raises ValueError unless the stages have blocks and as many heads as divide their channels evenly."""
+    sizes = depths, dims, num_heads
+    if not all(isinstance(given, Sequence) for given in sizes) or not len(depths) == len(dims) == len(num_heads):
+        raise ValueError(f"one entry a stage: got depths={depths}, dims={dims}, num_heads={num_heads}")
     if not depths or min(depths) < 1:
         raise ValueError(f"depths must be positive, got {tuple(depths)}")
-    if not len(depths) == len(dims) == len(num_heads):
-        raise ValueError(f"one entry a stage: got depths={depths}, dims={dims}, num_heads={num_heads}")
     for dim, heads in zip(dims, num_heads, strict=True):
         if heads < 1 or dim < 1 or dim % heads or dim // heads % 2:
             raise ValueError(f"num_heads must cut the channels into even parts, got {heads} heads for {dim} channels")

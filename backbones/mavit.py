@@ -37,7 +37,7 @@ _cfg = partial(
     license="unknown",
     notes=(
         "The official code has no licence file.",
-        "Weights: https://huggingface.co/aldjalkdf/MAViT, to be loaded with `subquad convert` or checkpoint_path.",
+        "Weights: https://huggingface.co/aldjalkdf/MAViT, `subquad convert` reads them.",
     ),
     origin_url="https://github.com/qhfan/MALA",
     paper_name="Rectifying Magnitude Neglect in Linear Attention",

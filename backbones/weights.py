@@ -10,7 +10,8 @@ timm's ways to load weights:
 * ``pretrained=True`` with a default cfg's ``url``, or an overlay of ``file=..., custom_load=True``: timm hands the file
   to ``load_pretrained``: this reader, then timm's own adaptation of input channels and classifier.
 * ``file=...`` alone, ``local-dir:`` and ``hf-hub:``: timm's reader, which executes nothing either but refuses files
-  with other objects in them, then ``checkpoint_filter_fn``.
+  with other objects in them, then ``checkpoint_filter_fn``. Of a file with averaged weights beside the others timm's
+  takes the averaged ones, this reader those that the authors evaluated (a model's ``checkpoint_key``).
 * ``checkpoint_path=...``: timm's reader, then a strict load without any filter: for files under our own names, such as
   those that ``subquad convert`` writes.
 """

@@ -59,6 +59,9 @@ class Options(TypedDict, total=False):
     return_lse: bool
 
 
+_OPTIONS = tuple(Options.__annotations__)
+
+
 def na1d(
     q: Tensor,
     k: Tensor,
@@ -125,6 +128,9 @@ def na3d(
 
 
 def _attend(axes: int, *arguments: Any, return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"na{axes}d: unknown option {name!r}, expected one of {_OPTIONS}")
     call = prepare(axes, *arguments, **options)
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.

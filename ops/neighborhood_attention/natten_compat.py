@@ -8,18 +8,22 @@
 Since 0.20 NATTEN has neither a relative positional bias nor CPUs nor the split forms. ``natten`` and
 ``natten.functional`` then have the names of its releases up to 0.17, in their layouts:
 
-    natten<n>dqkrpb(query, key, rpb, kernel_size, dilation), natten<n>dav(attn, value, kernel_size, dilation)
+    natten<n>dqkrpb(query, key, rpb, kernel_size, dilation), natten<n>dqk(query, key, kernel_size, dilation),
+    natten<n>dav(attn, value, kernel_size, dilation)
         until 0.17.4; until 0.14.4 without kernel_size, which the tables' shapes say
-    na<n>d_qk(query, key, kernel_size, dilation, additional_keys, is_causal, rpb), na<n>d_qk_with_bias,
+    na<n>d_qk(query, key, kernel_size, dilation, additional_keys, is_causal, rpb),
     na<n>d_av(attn, value, kernel_size, dilation, additional_values, is_causal)
-        since 0.15
+        since 0.15; causality and rpb since 0.17
+    na<n>d_qk_with_bias(query, key, bias, kernel_size, dilation, additional_keys)
+        0.15 and 0.16
     na<n>d(query, key, value, kernel_size, dilation, is_causal, rpb, scale, additional_keys, additional_values)
         since 0.17
     NeighborhoodAttention<n>D
 
 for n = 1, 2, 3. Queries, keys, values and weights are (B, heads, *S, channels), in ``na<n>d`` (B, *S, heads, channels).
-The split forms do not scale the products. Results are contiguous. Programs whose layers were written for releases
-before 0.17 call ``install(older_layers=True)``.
+The split forms do not scale the products. Results are contiguous. Of the ``natten3d`` functions, and of the split 3-D
+forms before 0.17, sizes are four numbers, ``kernel_size_d, kernel_size, dilation_d, dilation``: those of the first axis
+are apart. Programs whose layers were written for releases before 0.17 call ``install(older_layers=True)``.
 """
 
 from __future__ import annotations
@@ -27,10 +31,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -89,7 +93,8 @@ def _is_complete() -> bool:
         natten = importlib.import_module("natten")
     except (ImportError, OSError, RuntimeError):  # not there, or built for another torch
         return False
-    return all(hasattr(functional, name) for name in _functions()) and all(hasattr(natten, name) for name in _LAYERS)
+    names = [name for name in _functions() if not name.endswith("_with_bias")]  # no release has these beside na<n>d
+    return all(hasattr(functional, name) for name in names) and all(hasattr(natten, name) for name in _LAYERS)
 
 
 def _forget() -> None:
@@ -128,10 +133,16 @@ def _qk(
 
 
 def _qk_with_bias(
-    axes: int, query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: _PerAxis, dilation: _PerAxis = 1
+    axes: int,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    kernel_size: _PerAxis,
+    dilation: _PerAxis = 1,
+    additional_keys: Tensor | None = None,
 ) -> Tensor:
     """As ``na<n>d_qk``, with the bias before the options."""
-    return _qk(axes, query, key, kernel_size, dilation, rpb=rpb)
+    return _qk(axes, query, key, kernel_size, dilation, additional_keys, rpb=bias)
 
 
 def _av(
@@ -189,7 +200,7 @@ def _mended(x: Tensor, heads: int) -> Tensor:
 
     Its DiNAT swaps two axes of the map where it means to bring the heads to the front. Where there are as many heads as
     columns, shape and strides (it swaps them in memory with the heads last) may be those of a right call: there it must
-    be transformers that calls.
+    be transformers that calls. torch.compile cannot see who calls, and breaks its graph there.
     """
     if x.dim() != 5 or x.shape[3] != heads:
         return x
@@ -236,6 +247,7 @@ _PATTERNS: dict[str, Callable[..., Any]] = {
     "na{}d_qk": _qk,
     "na{}d_qk_with_bias": _qk_with_bias,
     "na{}d_av": _av,
+    "natten{}dqk": _qk,
     "natten{}dqkrpb": _oldest_qk,
     "natten{}dav": _oldest_av,
 }
@@ -250,12 +262,31 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 
 def _for_axes(axes: int, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
     def named(*args: Any, **kwargs: Any) -> Any:
+        if axes == 3:
+            args, kwargs = _sizes_together(args, kwargs)
         return function(axes, *args, **kwargs)
 
+    own = signature(function)
+    named.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
     named.__name__ = named.__qualname__ = name
+    named.__doc__ = function.__doc__
     return named
+
+
+def _sizes_together(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with a kernel size and a dilation for each axis, where numbers of the first axis came apart."""
+    numbers = [i for i, value in enumerate(args) if type(value) is int]
+    if len(numbers) == 4:
+        start = numbers[0]
+        first, others, first_dilation, other_dilation = args[start : start + 4]
+        sizes = (first, others, others), (first_dilation, other_dilation, other_dilation)
+        return (*args[:start], *sizes, *args[start + 4 :]), kwargs
+    kwargs = dict(kwargs)
+    for name in ("kernel_size", "dilation"):
+        if f"{name}_d" in kwargs and name in kwargs:
+            kwargs[name] = (kwargs.pop(f"{name}_d"), kwargs[name], kwargs[name])
+    return args, kwargs
 
 
 # Layers ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ def _class(family: str) -> type[Pyramid]:
     ("options", "message"),
     [
         ({"num_heads": (1, 2, 2)}, "one entry a stage.*num_heads"),
+        ({"num_heads": 2}, "one entry a stage.*num_heads=2"),
         ({"depths": (0, 1, 1, 1)}, r"depths must be positive, got \(0, 1, 1, 1\)"),
         ({"num_heads": (3, 2, 2, 2)}, "3 heads for 8 channels"),
         ({"num_heads": (4, 2, 2, 2)}, "heads of a multiple of 4 channels, got 8 over 4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_windows_that_cover_the_map(axes: int, functional: Any) -> None:
     def named(name: str) -> Any:
         return getattr(functional, name.format(axes))
 
-    _assert_equal(named("na{}d_qk")(q, k, size, 1).flatten(2, -2), plain)
+    for name in ("na{}d_qk", "natten{}dqk"):
+        _assert_equal(named(name)(q, k, size, 1).flatten(2, -2), plain)
     for logits in (
         named("na{}d_qk")(q, k, size, 1, None, False, rpb),
         named("na{}d_qk_with_bias")(q, k, rpb, size, 1),
@@ -75,6 +77,38 @@ def test_windows_that_cover_the_map(axes: int, functional: Any) -> None:
         assert o.is_contiguous() and logits.is_contiguous()
     heads_last = [x.movedim(1, -2) for x in (q, k, v)]
     _assert_equal(named("na{}d")(*heads_last, size, 1, False, rpb, 1.0).movedim(-2, 1), expected)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_sizes_of_the_first_axis_apart(named: bool, functional: Any) -> None:
+    """As the 3-D functions had them: in front of those of the other axes."""
+    q, k, v = (_normal(seed, 2, 3, 5, 9, 9, 4) for seed in range(3))
+    more, rpb = _normal(3, 2, 3, 2, 4), _normal(4, 3, 3, 5, 5)
+    kernel_size, dilation = (2, 3, 3), (2, 3, 3)
+    apart: dict[str, Any] = {"kernel_size_d": 2, "kernel_size": 3, "dilation_d": 2, "dilation": 3}
+
+    def call(name: str, *tensors: Tensor | None) -> Tensor:
+        function = getattr(functional, name)
+        return function(*tensors, **apart) if named else function(*tensors, *apart.values())
+
+    plain = functional.na3d_qk(q, k, kernel_size, dilation)
+    biased = functional.na3d_qk(q, k, kernel_size, dilation, rpb=rpb)
+    for name, bias, expected in (("na3d_qk_with_bias", rpb, biased), ("natten3dqkrpb", rpb, biased)):
+        _assert_equal(call(name, q, k, bias), expected)
+        _assert_equal(call(name, q, k, None), plain)
+    for name in ("na3d_qk", "natten3dqk"):
+        _assert_equal(call(name, q, k), plain)
+    for name in ("na3d_av", "natten3dav"):
+        _assert_equal(call(name, plain.softmax(-1), v), functional.na3d_av(plain.softmax(-1), v, kernel_size, dilation))
+    wider = functional.na3d_qk(q, k, kernel_size, dilation, more)
+    _assert_equal(functional.na3d_qk(q, k, *apart.values(), more), wider)
+    _assert_equal(functional.na3d_qk_with_bias(q, k, None, *apart.values(), more), wider)
+
+
+def test_signatures(functional: Any) -> None:
+    """What ``help`` and ``inspect`` show are the arguments of a call."""
+    assert [*inspect.signature(functional.na2d).parameters][:4] == ["query", "key", "value", "kernel_size"]
+    assert [*inspect.signature(functional.na1d_qk_with_bias).parameters][2] == "bias"
 
 
 def test_order_of_the_options(functional: Any) -> None:
@@ -203,8 +237,9 @@ def test_twice_and_undone() -> None:
 @pytest.mark.parametrize("kind", ["complete", "without bias", "broken"])
 def test_an_installed_natten(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays if it has all the names."""
-    names = [name for name in vars(importlib.import_module("natten.functional")) if name.startswith("na")]
     natten_compat.uninstall()
+    patterns = ("na{}d", "na{}d_qk", "na{}d_av", "natten{}dqk", "natten{}dqkrpb", "natten{}dav")  # those of 0.17.4
+    names = [pattern.format(axes) for axes in (1, 2, 3) for pattern in patterns]
     if kind != "complete":
         names = [name for name in names if not name.startswith("natten")]
     (tmp_path / "natten").mkdir()

@@ -460,6 +460,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "dilation_bool": (lambda _: {"dilation": (1, False)}, ValueError, ("dilation must be a positive", "(1, False)")),
     "causal": (lambda _: {"is_causal": (True,)}, ValueError, ("is_causal must be a bool or 2 of them", "(True,)")),
     "scale": (lambda _: {"scale": float("nan")}, ValueError, ("scale must be finite, got nan",)),
+    "unknown": (lambda _: {"bias": None}, TypeError, ("na2d: unknown option 'bias'", "'rpb'")),
     "scale_text": (lambda _: {"scale": "a"}, TypeError, ("scale must be a number, got 'a'",)),
 }
 
