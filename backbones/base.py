@@ -14,6 +14,7 @@ The contract is that of timm 1.0.31; timm's own test-suite checks it in ``tests/
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -496,5 +497,5 @@ def _check_head(num_classes: int, global_pool: str, pools: tuple[str, ...], *rat
     if global_pool not in pools:
         raise ValueError(f"unknown global_pool {global_pool!r}, expected one of {pools}")
     for rate in rates:
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop_rate and drop_path_rate must be in [0, 1), got {rate}")
+        if not isinstance(rate, Real) or not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_rate and drop_path_rate must be numbers in [0, 1), got {rate!r}")

@@ -30,8 +30,11 @@ def check_images(x: torch.Tensor, in_chans: int, weight: torch.Tensor | None = N
 
     Raises:
         ValueError: naming the given and the expected shape or device.
-        TypeError: naming the given and the expected dtype. Autocast takes any in floating point, but for float64.
+        TypeError: for no tensor, and naming the given and the expected dtype. Autocast takes any in floating point, but
+            for float64.
     """
+    if not torch.jit.is_scripting():
+        _check_tensor(x)
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError("expected images of shape (B, {}, H, W), got {}".format(in_chans, list(x.shape)))  # noqa: UP032
     if not torch.jit.is_scripting() and weight is not None:
@@ -55,6 +58,11 @@ def first_weight(stem: nn.Module) -> torch.Tensor | None:
         for weight in module._parameters.values():
             return weight if type(weight) is nn.Parameter and weight.dim() == 4 else None
     return None
+
+
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"expected a tensor of images (B, C, H, W), got {type(x).__name__}")
 
 
 def _check_placement(x: torch.Tensor, weight: torch.Tensor) -> None:

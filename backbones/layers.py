@@ -161,8 +161,8 @@ def scan_rank(dim: int, dt_rank: int | Literal["auto"]) -> int:
 
 def check_scan_sizes(dim: int, d_state: int, ssm_ratio: float, dt_rank: int | str) -> None:
     """Raises ValueError, naming the option, if a scan of ``ssm_ratio * dim`` channels cannot be built."""
-    if d_state < 1:
-        raise ValueError(f"d_state must be at least 1, got {d_state}")
+    if not isinstance(d_state, int) or d_state < 1:
+        raise ValueError(f"d_state must be an integer of at least 1, got {d_state!r}")
     if int(ssm_ratio * dim) < 1:
         raise ValueError(f"ssm_ratio must be positive, got {ssm_ratio}")
     if dt_rank != "auto" and not (isinstance(dt_rank, int) and dt_rank >= 1):

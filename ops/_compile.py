@@ -48,7 +48,7 @@ class _Ahead(threading.local):
 
 
 _ahead = _Ahead()
-_jobs: dict[object, Future[None]] = {}
+_jobs: dict[tuple[object, str | None], Future[None]] = {}
 
 
 @contextmanager
@@ -85,29 +85,35 @@ def start(job: object, kernel: Any, arguments: Sequence[Any], options: Mapping[s
         arguments: of the launch, compile-time arguments included.
         options: Triton's, like ``num_warps``.
     """
-    turn, workers = _ahead.turn, _workers()
-    if job in _jobs:
+    turn, workers, key = _ahead.turn, _workers(), _key(job)
+    if key in _jobs:
         if workers is not None:
-            workers.hurry(_jobs[job], turn)
+            workers.hurry(_jobs[key], turn)
         return
     if workers is not None and not workers.useless:
         with suppress(Exception):  # a release of Triton without what this builds on, a cache that cannot be written
             if not _in_cache(kernel, arguments, options, device):
-                _jobs[job] = workers.submit(_job(kernel, arguments, options, device), turn)
+                _jobs[key] = workers.submit(_job(kernel, arguments, options, device), turn)
                 _ahead.started.append(job)
             return
     with suppress(RuntimeError):  # the interpreter is on its way out
-        _jobs[job] = _threads(turn is Turn.NOW).submit(_warm_up, kernel, arguments, options, device)
+        _jobs[key] = _threads(turn is Turn.NOW).submit(_warm_up, kernel, arguments, options, device)
         _ahead.started.append(job)
 
 
 def finish(job: object) -> None:
     """Wait until a kernel is compiled, or found impossible to compile, if that was started."""
-    if job in _jobs:
+    started = _jobs.get(_key(job))
+    if started is not None:
         workers = _workers()
         if workers is not None:
-            workers.hurry(_jobs[job], Turn.NOW)
-        wait([_jobs[job]])
+            workers.hurry(started, Turn.NOW)
+        wait([started])
+
+
+def _key(job: object) -> tuple[object, str | None]:
+    """A kernel in the cache of now: torch.compile moves it in the running process."""
+    return job, os.environ.get("TRITON_CACHE_DIR")
 
 
 def _warm_up(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> None:

@@ -56,7 +56,7 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> Any:
-        return self._target  # a kernel keeps what it knows by device
+        return self  # a kernel keeps what it compiled by device, and is to put it into the cache that a job names
 
     def get_current_stream(self, device: Any) -> int:
         return 0

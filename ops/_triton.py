@@ -158,7 +158,7 @@ class Plans(Generic[_Plan]):
 
         Args:
             key: all that tells shape classes apart beside ``x``'s device.
-            x: a tensor of the call, which requires a gradient if the call does.
+            x: a tensor of the call, the one that tells calls of training from others.
             make: makes the plan.
             on_new: called before the first launches of a shape class on a GPU, unless a graph is being captured.
         """

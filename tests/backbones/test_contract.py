@@ -124,6 +124,8 @@ def test_images_of_a_wrong_shape(name: str, shape: tuple[int, ...]) -> None:
     model = _model(name)
     with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
         model(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"expected a tensor of images \(B, C, H, W\), got list"):
+        model([1.0])
     with pytest.raises(ValueError, match="expected images of shape"):
         model.forward_intermediates(torch.zeros(shape))
 
@@ -214,7 +216,13 @@ def test_unknown_and_bad_arguments(name: str) -> None:
     assert f"help({family.__module__}.{family.__name__})" in str(e.value)
     with pytest.raises(TypeError, match=rf"^{name} has no argument 'drop_path_rates', did you mean drop_path_rate"):
         timm.create_model(name, drop_path_rates=0.1, features_only=True, out_indices=(0,))
-    for options in ({"num_classes": -1}, {"drop_path_rate": 1.5}, {"drop_rate": -0.1}, {"global_pool": "median"}):
+    for options in (
+        {"num_classes": -1},
+        {"drop_path_rate": 1.5},
+        {"drop_path_rate": "fast"},
+        {"drop_rate": -0.1},
+        {"global_pool": "median"},
+    ):
         with pytest.raises(ValueError, match=str(next(iter(options.values())))):
             timm.create_model(name, **options)
     with pytest.raises(ValueError, match="median"):

@@ -54,6 +54,7 @@ def test_scan_starts_as_mamba_does() -> None:
         {"depths": (1, 1), "dims": (8, 16, 24)},
         {"depths": (1, 0), "dims": 8},
         {"d_state": 0},
+        {"d_state": 1.5},
         {"ssm_ratio": 0.0},
         {"mlp_ratio": -1.0},
         {"dt_rank": "full"},

@@ -130,19 +130,23 @@ def test_a_worker_compiles_as_the_process_would_now(
     before, after = (_launch(importlib.import_module(name)) for name in ("before", "after"))
     _compile.start("before", *before)
     _compile.finish("before")
-    assert _compile._in_cache(*before)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
     monkeypatch.setattr(backend, "hash", lambda _: "that of another ptxas")
-    _compile.start("after", *after)
-    _compile.finish("after")
-    assert _compile._in_cache(*after) and not workers.useless
+    for name, launch in (("before", before), ("after", after)):
+        assert not _compile._in_cache(*launch)
+        _compile.start(name, *launch)
+        _compile.finish(name)
+        assert _compile._in_cache(*launch) and not workers.useless
 
 
 @pytest.mark.usefixtures("ptxas")
 def test_a_kernel_that_was_launched_first_is_found(
     write: Callable[..., Path], workers: _compile._Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its hash, which it keeps, has to be the one that it has in the process that compiles it."""
+    """Its hash, which it keeps, has to be the one that it has in the process that compiles it.
+
+    With Triton 3.6; that of 3.9 does not depend on what was hashed before.
+    """
     code = "TWO = tl.constexpr(2.0)\n\n@triton.jit\ndef twice(x):\n    return TWO * x\n\n"
     write("doubles", code, "twice(1.0)")
     kernel, arguments, options, device = _launch(importlib.import_module("doubles"))

@@ -81,11 +81,11 @@ def test_finds_what_workers_compiled(
         )
         compile_ahead(*arguments)
         jobs = dict(_compile._jobs)
-        for job in jobs:
+        for job, _ in jobs:
             _compile.finish(job)
         assert len(jobs) >= 3 and not hits and not pool.useless
         # Workers compile for aligned pointers; a launch with others would compile a kernel of its own.
-        kinds = [kind for job in jobs for kind in job if isinstance(kind, tuple)]
+        kinds = [kind for job, _ in jobs for kind in job if isinstance(kind, tuple)]
         pointers = [kind for kind in kinds if isinstance(kind[0], torch.dtype)]
         assert pointers and all(aligned for _, aligned in pointers)
         _compile._jobs.clear()

@@ -130,7 +130,8 @@ def _check_start(options: Options) -> None:
         raise ValueError("pretrained and checkpoint exclude each other: both say where to start from")
     check_any_model(str(options.model), options.pretrained)
     if options.checkpoint is not None and not options.checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint {str(options.checkpoint)!r} does not exist")
+        wrong = "is no file" if options.checkpoint.exists() else "does not exist"
+        raise FileNotFoundError(f"checkpoint {str(options.checkpoint)!r} {wrong}")
     if options.output is not None and not options.resume:
         if options.output.exists() and not options.output.is_dir():
             raise ValueError(f"output {str(options.output)!r} is not a folder")
