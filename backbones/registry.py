@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
@@ -27,9 +27,13 @@ def model_names() -> list[str]:
 def check_model(name: str) -> None:
     """Raises ValueError, with close names, if ``name`` is not one of this library's models."""
     if name not in _names:
-        close = get_close_matches(name, _names)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(_names)}"
-        raise ValueError(f"unknown model {name!r}, {hint}")
+        raise ValueError(f"unknown model {name!r}, {hint(name, _names)}")
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """What an error says behind an unknown name: close names, or all if none is."""
+    close = get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
 
 
 def check_any_model(name: str, pretrained: bool = False) -> None:
@@ -142,12 +146,10 @@ def _construct(model: type[nn.Module], name: str, options: Mapping[str, Any], /,
     """The model, built from what timm has not taken for itself, if it has arguments of these names."""
     known = {**options, **dict.fromkeys(_arguments(model))}
     if unknown := [argument for argument in kwargs if argument not in known]:
-        close = get_close_matches(unknown[0], known)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
-        if unknown[0] == "img_size":
-            hint = "it takes images of any size as it is"
+        sized = unknown[0] == "img_size"
+        advice = "it takes images of any size as it is" if sized else hint(unknown[0], list(known))
         where = f"{model.__module__}.{model.__name__}"
-        raise TypeError(f"{name} has no argument {unknown[0]!r}, {hint} (see help({where}))")
+        raise TypeError(f"{name} has no argument {unknown[0]!r}, {advice} (see help({where}))")
     return model(**kwargs)
 
 

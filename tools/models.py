@@ -19,7 +19,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from subquad.backbones.registry import model_names
+from subquad.backbones.registry import hint, model_names
 from subquad.tools.benchmarks.systems import TOP1
 
 BEGIN, END = "<!-- begin of `subquad models` -->", "<!-- end of `subquad models` -->"
@@ -85,7 +85,7 @@ def _select(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         released = [name for name in model_names() if not name.startswith("test_") or pattern == name]
         if not (matching := [name for name in released if fnmatchcase(name, pattern)]):
-            raise ValueError(f"no model matches {pattern!r}, expected some of {', '.join(model_names())}")
+            raise ValueError(f"no model matches {pattern!r}, {hint(pattern, model_names())}")
         names += [name for name in matching if name not in names]
     return names
 

@@ -126,7 +126,7 @@ def test_peers_are_built_for_the_resolution() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"models": ("vmamba_huge",)}, "unknown model 'vmamba_huge'.*vmamba_tiny"),
+        ({"models": ("vmamba_huge",)}, "unknown model 'vmamba_huge', did you mean .*vmamba_base"),
         ({"models": ("resnet50",)}, "unknown model 'resnet50'"),
         ({"peers": ("resnet51",)}, "unknown peer 'resnet51'.*resnet50"),
         ({"resolutions": (224, 0)}, "must be positive"),

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.backbones.registry import hint
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -122,11 +124,11 @@ def select(what: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> list
     """The names that match any of the patterns (``*`` and ``?`` allowed), in the order of ``names``.
 
     Raises:
-        ValueError: for a pattern that matches none, naming what exists.
+        ValueError: for a pattern that matches none, naming what is close or exists.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"unknown {what} {pattern!r}, expected some of {list(names)}")
+            raise ValueError(f"unknown {what} {pattern!r}, {hint(pattern, names)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
