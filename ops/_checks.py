@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ def shape_class(*tensors: object, options: Hashable = None) -> object:
     except TypeError:  # symbols under a transform of torch.func
         return None
     return key
+
+
+def check_options(op: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises TypeError for an option that is not among those that an op takes by name."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{op}: unknown option {name!r}, expected one of {tuple(known)}")
 
 
 def check_tensor(op: str, name: str, value: object) -> torch.Tensor:

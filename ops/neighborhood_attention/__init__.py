@@ -39,7 +39,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from subquad.ops import _dispatch, _library
+from subquad.ops import _checks, _dispatch, _library
 from subquad.ops.neighborhood_attention import reference
 from subquad.ops.neighborhood_attention.arguments import prepare
 from subquad.ops.neighborhood_attention.call import NeighborhoodCall
@@ -128,9 +128,7 @@ def na3d(
 
 
 def _attend(axes: int, *arguments: Any, return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"na{axes}d: unknown option {name!r}, expected one of {_OPTIONS}")
+    _checks.check_options(f"na{axes}d", options, _OPTIONS)
     call = prepare(axes, *arguments, **options)
     if _dispatch.requested() == "reference":
         # Outside the operator, so that autograd differentiates the formula itself.

@@ -31,6 +31,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
@@ -267,8 +268,8 @@ def _for_axes(axes: int, name: str, function: Callable[..., Any]) -> Callable[..
             args, kwargs = _sizes_together(args, kwargs)
         return function(axes, *args, **kwargs)
 
-    own = signature(function)
-    named.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])  # type: ignore[attr-defined]
+    # What help() and inspect show; mypy knows of no such attribute.
+    named.__signature__ = signature(partial(function, axes))  # type: ignore[attr-defined]
     named.__name__ = named.__qualname__ = name
     named.__doc__ = function.__doc__
     return named

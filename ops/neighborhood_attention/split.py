@@ -22,7 +22,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from subquad.ops import _dispatch, _library
+from subquad.ops import _checks, _dispatch, _library
 from subquad.ops.neighborhood_attention import reference
 from subquad.ops.neighborhood_attention.arguments import prepare_av, prepare_qk
 from subquad.ops.neighborhood_attention.call import NeighborhoodCall
@@ -40,6 +40,9 @@ class LogitOptions(TypedDict, total=False):
     additional_keys: Tensor | None
 
 
+_OPTIONS = tuple(LogitOptions.__annotations__)
+
+
 def na1d_qk(
     q: Tensor,
     k: Tensor,
@@ -50,7 +53,7 @@ def na1d_qk(
     **options: Unpack[LogitOptions],
 ) -> Tensor:
     """Logits of sequences; see ``na2d_qk``, with one axis L in place of H, W."""
-    return _logits(prepare_qk(1, q, k, kernel_size, dilation, stride, is_causal, **options))
+    return _logits(1, q, k, kernel_size, dilation, stride, is_causal, **options)
 
 
 def na2d_qk(
@@ -76,7 +79,7 @@ def na2d_qk(
     Raises:
         TypeError, ValueError: as ``na2d``.
     """
-    return _logits(prepare_qk(2, q, k, kernel_size, dilation, stride, is_causal, **options))
+    return _logits(2, q, k, kernel_size, dilation, stride, is_causal, **options)
 
 
 def na3d_qk(
@@ -89,7 +92,7 @@ def na3d_qk(
     **options: Unpack[LogitOptions],
 ) -> Tensor:
     """Logits of volumes; see ``na2d_qk``, with three axes T, H, W."""
-    return _logits(prepare_qk(3, q, k, kernel_size, dilation, stride, is_causal, **options))
+    return _logits(3, q, k, kernel_size, dilation, stride, is_causal, **options)
 
 
 def na1d_av(
@@ -150,7 +153,9 @@ def na3d_av(
     return _sums(prepare_av(3, attn, v, *window, additional_values=additional_values))
 
 
-def _logits(call: NeighborhoodCall) -> Tensor:
+def _logits(axes: int, *arguments: Any, **options: Any) -> Tensor:
+    _checks.check_options(f"na{axes}d_qk", options, _OPTIONS)
+    call = prepare_qk(axes, *arguments, **options)
     if _dispatch.requested() == "reference":
         return reference.qk(call)
     return torch.ops.subquad.neighborhood_qk(call.q, call.k, call.rpb, call.additional_keys, *call[6:])

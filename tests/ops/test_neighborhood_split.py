@@ -281,6 +281,7 @@ def test_explain_and_the_reference(form: str, size: tuple[int, ...]) -> None:
 
 # name: (form, what to change in good arguments, exception, fragments of the message)
 BAD: dict[str, tuple[Any, ...]] = {
+    "unknown": ("qk", lambda _: {"bias": None}, TypeError, ("na2d_qk: unknown option 'bias'", "'rpb'")),
     "q_list": ("qk", lambda a: {"q": a["q"].tolist()}, TypeError, ("q must be a tensor", "list")),
     "no_values": ("av", lambda a: {"v": None}, TypeError, ("v must be a tensor", "NoneType")),
     "k_map": ("qk", lambda a: {"k": a["k"][:, :6]}, ValueError, ("k must have shape (B, H, W, G, D)",)),
